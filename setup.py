@@ -211,14 +211,19 @@ class BuildKernels(build_ext):
                 else:
                     self.skip(isa, f"the compiler does not know {ISA_FLAGS[isa][-1]}", asked=False)
         have = [f"-DHIVILT_HAVE_{name.upper()}" for name in names]
-        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem{torch_folder / 'include'}"]
+        include = torch_folder / "include"
+        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem{include}", f"-ffile-prefix-map={include}=torch"]
         generic = sorted(path.relative_to(ROOT / "csrc").as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
         units = [(source, [*COMMON, *KERNEL, *torch_flags, *have]) for source in generic]
         units += [(f"cpu/isa/{name}.cpp", [*COMMON, *KERNEL, *ISA_FLAGS[name]]) for name in names]
         # The objects of another interpreter or torch are kept apart, so that two environments do not undo each other's work.
         key = hashlib.sha256(f"{torch_folder} {compiler}".encode()).hexdigest()[:12]
         objects = compile_all(compiler, units, key)
-        link(compiler, objects, [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"], output)
+        # Never linked to torch_python; the libraries are found by name in the process that has imported torch.
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        if sys.platform == "linux":
+            libraries.append("-Wl,-z,defs")  # a symbol that nobody defines is an error now, not at the user's first call
+        link(compiler, objects, libraries, output)
         self.info["isas"] = names
 
     def build_host(self, output: Path) -> None:
