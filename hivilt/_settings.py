@@ -65,7 +65,7 @@ def log_dispatch() -> bool:
 
 
 def cuda() -> str:
-    """"auto", "0" or "1": what the build does about CUDA C++."""
+    """What the build does about CUDA C++: "auto", "0" or "1"."""
     return _now.get("HIVILT_CUDA", "auto")
 
 
