@@ -1,0 +1,1 @@
+"""Fast kernels for hierarchical vision-language transformers in PyTorch."""
