@@ -1,0 +1,61 @@
+// The register tile that does all dense arithmetic: acc[r][v] (+)= sum_k a[r][k] * b[k][v], k ascending, one
+// accumulator per element. So every element is one chain of fused multiply-adds in k order, whatever the blocking:
+// results do not depend on tile position, batch, threads or padding.
+#pragma once
+
+#include "core/pack.h"
+
+namespace hivilt::HIVILT_ISA {
+
+// a[r][k] at a + r * a_row + k * a_step (broadcast); b[k] at b + k * b_step (kTileVecs vectors).
+template <bool kPairs>
+HIVILT_INLINE void tile_product(int64_t steps, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                int64_t b_step, Vec (&acc)[kTileRows][kTileVecs]) {
+  for (int64_t k = 0; k < steps; ++k) {
+    Vec column[kTileVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec x = splat(a[r * a_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVecs; ++v) {
+#if defined(HIVILT_SIMD_BF16_DOT)
+        if constexpr (kPairs) {
+          acc[r][v] = dot_bf16(x, column[v], acc[r][v]);
+          continue;
+        }
+#endif
+        acc[r][v] = fma(x, column[v], acc[r][v]);
+      }
+    }
+    a += a_step;
+    b += b_step;
+  }
+}
+
+HIVILT_INLINE void tile_zero(Vec (&acc)[kTileRows][kTileVecs]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVecs; ++v) acc[r][v] = splat(0.0f);
+  }
+}
+
+HIVILT_INLINE void tile_load(const float* c, int64_t c_row, Vec (&acc)[kTileRows][kTileVecs]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVecs; ++v) acc[r][v] = load(c + r * c_row + v * kLanes);
+  }
+}
+
+HIVILT_INLINE void tile_store(float* c, int64_t c_row, const Vec (&acc)[kTileRows][kTileVecs]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVecs; ++v) store(c + r * c_row + v * kLanes, acc[r][v]);
+  }
+}
+
+}  // namespace hivilt::HIVILT_ISA
