@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -271,6 +272,8 @@ class BuildKernels(build_ext):
         for part, why in self.info["skipped"].items():
             print(f"hivilt: skipped {part}: {why}", file=sys.stderr)
         sys.stderr.flush()
+        if "_cpu" in self.info["skipped"]:  # pip hides what a build prints, but newer ones pass warnings on
+            warnings.warn(f"hivilt has no CPU kernels and runs on the reference: {self.info['skipped']['_cpu']}")
 
     def get_ext_filename(self, fullname: str) -> str:
         # The kernel library is no Python module and serves every Python: it carries no interpreter tag.
