@@ -4,7 +4,7 @@ Shipped, so that bench and users can hold a kernel to the same figures; imports 
 """
 
 from .assertions import Tally, assert_topk, assert_within
-from .cases import Case, case, cases, check
+from .cases import Case, case, cases, check, judge
 from .memory import LAYOUTS, guarded, layouts, poison, relayout
 from .oracle import TINY, UNIT, Truth, best, dropout_keep, eager, oracle, pairs_from_indices, philox
 
@@ -24,6 +24,7 @@ __all__ = [
     "dropout_keep",
     "eager",
     "guarded",
+    "judge",
     "layouts",
     "oracle",
     "pairs_from_indices",

@@ -131,8 +131,8 @@ def poison(inputs: dict, bad: tuple[float, ...] = (NAN, INF, -INF)) -> dict:
     G, N = x["key"].shape[1:3]
     allowed = torch.ones(B, H, Q, N, dtype=torch.bool, device=x["query"].device)
     mask = x.get("attn_mask")
-    if mask is not None and mask.dtype == torch.bool:
-        allowed = allowed & mask
+    if mask is not None:
+        allowed = allowed & (mask if mask.dtype == torch.bool else mask != -INF)
     if x.get("key_mask") is not None:
         allowed = allowed & x["key_mask"][:, None, None]
     if x.get("query_mask") is not None:

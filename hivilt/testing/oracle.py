@@ -75,7 +75,9 @@ def lift(query, key, axis, attn_mask, key_mask, query_mask, select_query, select
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         valid = valid & attn_mask
     elif attn_mask is not None:
-        scores, size = scores + attn_mask.double(), size + attn_mask.double().abs()
+        valid = valid & (attn_mask != -INF)
+        bias = torch.where(attn_mask == -INF, 0.0, attn_mask.double())
+        scores, size = scores + bias, size + bias.abs()
     if key_mask is not None:
         valid = valid & key_mask[:, None, None, :]
     if query_mask is not None:
