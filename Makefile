@@ -72,5 +72,5 @@ $(DEPS): requirements-dev.txt
 # The build is run by itself first: pip hides what it prints. The objects are kept in build/, so pip compiles nothing again.
 $(BUILD): $(DEPS) setup.py pyproject.toml hivilt/_settings.py $(CPP)
 	@HIVILT_STRICT=$(STRICT) $(BIN)/python setup.py -q build_ext --inplace
-	@$(PIP) install -q -e . --no-build-isolation --no-deps
+	@$(PIP) install -q -e . --no-build-isolation --no-deps 2> $(VENV)/install.log || { cat $(VENV)/install.log >&2; exit 1; }
 	@touch $@
