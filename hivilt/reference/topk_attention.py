@@ -1,9 +1,10 @@
 """Top-k cross-modal attention, the meaning of it: out_i = sum over kept j of softmax_j(s_ij) v_j.
 
-``s_ij = scale <q_i, k_j> + bias_ij`` in fp32 (fp64 for fp64 inputs).  With ``axis="keys"`` query i keeps its ``topk``
-best keys (as in arXiv 2106.06899), with ``axis="queries"`` key j keeps its ``topk`` best queries.  Best: score
+``s_ij = scale <q_i, k_j> + bias_ij``, rounded to fp32 (fp64 for fp64 inputs).  With ``axis="keys"`` query i keeps its
+``topk`` best keys (as in arXiv 2106.06899), with ``axis="queries"`` key j keeps its ``topk`` best queries.  Best: score
 descending, then index ascending, +0 equal to -0, NaN below every number.  The selection is a constant to autograd.
-Written for reading: whole Q x N matrices live here.  Derivations: docs/topk_attention.md.
+Sums run in float64 and results are rounded once: no TF32, bf16 or autocast switch reaches them.  Written for reading:
+whole Q x N matrices live here.  Derivations: docs/topk_attention.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def topk_attention(
     return_lse: bool = False,
     return_indices: bool = False,
     seed: Tensor | int | None = None,
-    first: tuple[int, int] = (0, 0),
+    first: tuple[int, int, int] = (0, 0, 0),
 ):
     """Select, then attend to what was selected.
 
@@ -43,7 +44,7 @@ def topk_attention(
         key_mask, query_mask: bool [B, N], [B, Q].
         select_query, select_key: [B, Q, C], [B, N, C]; their plain dot product then selects, once for all heads.
         seed: of the dropout mask; needed where dropout_p > 0.
-        first: batch and query number of the first row, for dropout, where the inputs are a slice of a larger call.
+        first: (b, h, i) of the first row where the inputs are a slice of a larger call; dropout counts from there.
 
     Returns:
         out [B, H, Q, E], or a tuple (out[, lse [B, H, Q]][, indices int32]).
@@ -96,7 +97,7 @@ def selected_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     seed: Tensor | int | None = None,
-    first: tuple[int, int] = (0, 0),
+    first: tuple[int, int, int] = (0, 0, 0),
 ):
     """Attention over the listed pairs, in any order; -1 lists nothing, a forbidden pair takes no part."""
     with torch.no_grad():
@@ -113,13 +114,17 @@ def selected_attention(
 
 def pair_scores(query: Tensor, key: Tensor, scale: float | None, attn_mask: Tensor | None) -> Tensor:
     """s [B, H, Q, N]; a bias of -inf adds nothing here, ``allowed`` leaves the pair out."""
-    B, H, _, D = query.shape
+    heads, D = query.shape[1], query.shape[3]
     scale = default_scale(D) if scale is None else scale
-    key = _wide(key).repeat_interleave(H // max(1, key.shape[1]), 1)
-    scores = scale * _dot(_wide(query), key)
+    scores = scale * _dot(query.double(), key.double().repeat_interleave(heads // max(1, key.shape[1]), 1))
     if attn_mask is not None and attn_mask.is_floating_point():
-        scores = scores + torch.where(attn_mask == -INF, 0.0, attn_mask).to(scores.dtype)
-    return scores
+        scores = scores + torch.where(attn_mask == -INF, 0.0, attn_mask).double()
+    return scores.to(score_dtype(query))
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """The precision of scores and lse."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def default_scale(width: int) -> float:
@@ -147,7 +152,7 @@ def valid_pairs(scores, attn_mask=None, key_mask=None, query_mask=None) -> tuple
 
 def shared_ratings(select_query, select_key, attn_mask, key_mask, query_mask) -> tuple[Tensor, Tensor]:
     """Selection scores and candidates [B, 1, Q, N] of the selection that all heads share: no head's score counts."""
-    ratings = exact_matmul(_wide(select_query), _wide(select_key).mT)[:, None]
+    ratings = (select_query.double() @ select_key.double().mT)[:, None].to(score_dtype(select_query))
     candidates = torch.ones_like(ratings, dtype=torch.bool) & allowed(attn_mask, key_mask, query_mask)
     return ratings, candidates
 
@@ -181,9 +186,9 @@ def pairs(indices: Tensor, shape: tuple[int, ...], axis: str = "keys") -> Tensor
 # Attention over the kept pairs.
 
 
-def attend(query, key, value, kept, lost, attn_mask, scale, dropout_p=0.0, seed=None, first=(0, 0)):
-    """out in value's dtype and lse, differentiable; nothing kept: 0 and -inf; a lost row: NaN and NaN."""
-    scores = torch.where(kept, pair_scores(query, key, scale, attn_mask), -INF)
+def attend(query, key, value, kept, lost, attn_mask, scale, dropout_p=0.0, seed=None, first=(0, 0, 0)):
+    """out in query's dtype and lse, differentiable; nothing kept: 0 and -inf; a lost row: NaN and NaN."""
+    scores = torch.where(kept, pair_scores(query, key, scale, attn_mask).double(), -INF)
     some = kept.any(-1, keepdim=True)
     top = torch.where(some, scores.detach().amax(-1, keepdim=True), 0.0) if scores.shape[-1] else scores.sum(-1, True)
     top = torch.where(lost[..., None], NAN, top)
@@ -194,16 +199,16 @@ def attend(query, key, value, kept, lost, attn_mask, scale, dropout_p=0.0, seed=
     if dropout_p > 0.0:  # after the normaliser, which counts every kept pair
         keep = dropout_keep(seed, dropout_p, weight.shape, weight.device, first)
         weight = torch.where(keep, weight * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0), 0.0)
-    value = _wide(value).repeat_interleave(query.shape[1] // max(1, value.shape[1]), 1)
+    value = value.double().repeat_interleave(query.shape[1] // max(1, value.shape[1]), 1)
     out = torch.where(some, contract(weight, kept, value), 0.0)
     blank = torch.where(lost, NAN, 0.0).to(lse.dtype)  # added, not replaced: the gradient of a lost row is NaN too
-    return (out + blank[..., None]).to(query.dtype), lse + blank
+    return (out + blank[..., None]).to(query.dtype), (lse + blank).to(score_dtype(query))
 
 
 def contract(weight: Tensor, kept: Tensor, x: Tensor) -> Tensor:
     """sum_j weight_ij x_j over the kept pairs; a NaN or infinite x_j touches only the rows that keep j."""
     finite = x.isfinite()
-    total = exact_matmul(weight, torch.where(finite, x, 0.0))
+    total = weight @ torch.where(finite, x, 0.0)
     for j in (~finite).any(-1).flatten(0, -2).any(0).nonzero().flatten().tolist() if not finite.all() else ():
         wild = torch.where(finite[..., None, j, :], 0.0, x[..., None, j, :])
         total = total + torch.where(kept[..., j, None], weight[..., j, None] * wild, 0.0)
@@ -215,7 +220,7 @@ def dropout_keep(
     dropout_p: float,
     shape: tuple[int, int, int, int],
     device: torch.device | str = "cpu",
-    first: tuple[int, int] = (0, 0),
+    first: tuple[int, int, int] = (0, 0, 0),
 ) -> Tensor:
     """Bool [B, H, Q, N]: the probabilities that stay.  Philox4x32-10 (Salmon et al., SC'11) in int64 arithmetic.
 
@@ -228,7 +233,7 @@ def dropout_keep(
     def count(size: int, start: int, dim: int) -> Tensor:
         return torch.arange(start, start + size, device=device).view([-1 if i == dim else 1 for i in range(4)])
 
-    c = [count((N + 3) // 4, 0, 3), count(Q, first[1], 2), count(H, 0, 1), count(B, first[0], 0)]
+    c = [count((N + 3) // 4, 0, 3), count(Q, first[2], 2), count(H, first[1], 1), count(B, first[0], 0)]
     if isinstance(seed, Tensor):
         seed = seed.to(device)
     k0, k1 = seed & low, (seed >> 32) & low
@@ -240,26 +245,13 @@ def dropout_keep(
     return words >= math.floor(dropout_p * 2.0**32)
 
 
-# Arithmetic that no global switch may round.
-
-
-def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b rounded once to a's dtype: float64 inside, so neither TF32, the CPU's bf16 shortcut nor autocast matters."""
-    with torch.autocast(a.device.type, enabled=False):
-        return (a.double() @ b.double()).to(a.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _dot(query: Tensor, key: Tensor) -> Tensor:
     """<q_i, k_j>, whose gradient never multiplies by a NaN or infinite entry of a pair that is not kept."""
     fine_query, fine_key = query.isfinite(), key.isfinite()
     if fine_query.all() and fine_key.all():
-        return exact_matmul(query, key.mT)
-    dots = exact_matmul(torch.where(fine_query, query, 0.0), torch.where(fine_key, key, 0.0).mT)
+        return query @ key.mT
+    dots = torch.where(fine_query, query, 0.0) @ torch.where(fine_key, key, 0.0).mT
     with torch.no_grad():
         wild = ~(fine_query.all(-1)[..., :, None] & fine_key.all(-1)[..., None, :])
-        error = torch.where(wild, exact_matmul(query, key.mT) - dots, 0.0)
+        error = torch.where(wild, query @ key.mT - dots, 0.0)
     return dots + error

@@ -1,0 +1,174 @@
+"""Which implementation runs: rows (name, why_not, run) per operation, and the choice between them.
+
+An explicit request (argument, then ``use_backend``, then HIVILT_BACKEND) runs or raises BackendError with the reasons;
+``auto`` takes the first row that accepts the call and says once why it fell back to the reference.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import _settings
+
+VERSION = "0.1.0"
+NAMES = ("cuda", "triton", "cpu", "reference")  # auto asks in this order
+LEGAL = ("auto", *NAMES)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run the call; the text names it, the operation and every reason."""
+
+
+class Row(NamedTuple):
+    """One implementation of an operation; both callables take the operator's arguments without ``backend``."""
+
+    name: str
+    why_not: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+class Operation:
+    """An operation and its rows. ``public`` is the name users know it by; backward shares it with forward."""
+
+    def __init__(self, public: str, *rows: Row):
+        self.public = public
+        self.rows = {row.name: row for row in rows}
+        # The rows that auto asks about a tensor of a device; the others would only repeat that it is another device.
+        self.ladder = {
+            "cpu": [self.rows[name] for name in ("cpu", "reference")],
+            "cuda": [self.rows[name] for name in ("cuda", "triton", "reference")],
+        }
+
+
+class _Thread(threading.local):
+    asked: tuple[str, ...] = ()  # names of the surrounding use_backend blocks, innermost last
+    ran: str | None = None
+
+
+_thread = _Thread()
+_said: set[tuple[str, str]] = set()
+_explainers: dict[str, tuple[Operation, Callable]] = {}
+
+
+def check_name(name: str | None, argument: str = "backend") -> None:
+    """Raises unless ``name`` is a backend, "auto" or None."""
+    if name is None or (isinstance(name, str) and name in LEGAL):
+        return
+    kind = ValueError if isinstance(name, str) else TypeError
+    raise kind(f"{argument}: expected one of {', '.join(map(repr, LEGAL))}; got {name!r}")
+
+
+class use_backend:
+    """``with hivilt.use_backend("cpu"):`` asks for a backend in this thread; nests; "auto" undoes an outer one.
+
+    Obeyed at run time, so it also works around a compiled function.
+    """
+
+    def __init__(self, name: str):
+        if name is None:
+            raise TypeError(f"use_backend: name: expected one of {', '.join(map(repr, LEGAL))}; got None")
+        check_name(name, "use_backend: name")
+        self.name = name
+
+    def __enter__(self) -> use_backend:
+        _thread.asked = (*_thread.asked, self.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.asked = _thread.asked[:-1]
+
+
+def last_backend() -> str | None:
+    """Name of the backend that ran the last hivilt operation of this thread; None before the first."""
+    return _thread.ran
+
+
+def policy(asked: str | None) -> str:
+    """What is in force: the argument, else the innermost ``use_backend``, else HIVILT_BACKEND, else "auto"."""
+    if asked:
+        return asked
+    return _thread.asked[-1] if _thread.asked else _settings.backend()
+
+
+def choose(operation: Operation, asked: str | None, args: tuple) -> Row:
+    """The row that runs these arguments. ``asked`` is a name, "auto", or None / "" for what is in force."""
+    name = policy(asked)
+    if name == "auto":
+        row = _first_willing(operation, args)
+    else:
+        check_name(name)
+        row = operation.rows[name]
+        reason = row.why_not(*args)
+        if reason is not None:
+            raise BackendError(f"{operation.public}: backend {name!r} cannot run this call: {reason}")
+    if _settings.log_dispatch():
+        print(f"hivilt: {operation.public} {_describe(args[0])} -> {row.name}", file=sys.stderr)
+    _thread.ran = row.name
+    return row
+
+
+def _first_willing(operation: Operation, args: tuple) -> Row:
+    reasons = []
+    rows = operation.ladder.get(args[0].device.type)
+    for row in rows if rows is not None else (operation.rows["reference"],):
+        reason = row.why_not(*args)
+        if reason is None:
+            break
+        reasons.append(f"{row.name}: {reason}")
+    else:
+        raise BackendError(f"{operation.public}: no backend can run this call: {'; '.join(reasons)}")
+    if reasons:
+        _fall_back(operation, "; ".join(reasons))
+    return row
+
+
+def _fall_back(operation: Operation, reasons: str) -> None:
+    if _settings.strict():
+        raise BackendError(
+            f"{operation.public}: only the reference can run this call and HIVILT_STRICT=1 forbids it: {reasons}"
+        )
+    if (operation.public, reasons) not in _said:
+        _said.add((operation.public, reasons))
+        warnings.warn(
+            f"hivilt: {operation.public} runs on the PyTorch reference, which is slow ({reasons}). "
+            "Said once; python -m hivilt.info shows what was built, backend='reference' asks for it quietly.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _describe(x: Any) -> str:
+    return f"{str(x.dtype)[6:]}{list(x.shape)} on {x.device}"
+
+
+def explainable(operation: Operation, public: Callable, bind: Callable) -> None:
+    """Makes ``explain`` know a public function; ``bind`` turns its arguments into (operator arguments, ...)."""
+    _explainers[public.__name__] = (operation, bind)
+
+
+def explain(op: Callable | str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """Prints and returns every backend's verdict on a call of a public operation: None (it can run it) or its reason.
+
+    ``explain("topk_attention", query, key, value, topk=16)``; nothing is computed, a malformed call raises as usual.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _explainers:
+        raise ValueError(f"explain: op: expected one of {', '.join(sorted(_explainers))}; got {name!r}")
+    operation, bind = _explainers[name]
+    asked = kwargs.pop("backend", None)
+    check_name(asked)
+    bound = bind(*args, **kwargs)[0]
+    verdicts = {row: operation.rows[row].why_not(*bound) for row in NAMES}
+    wanted = policy(asked)
+    ladder = operation.ladder.get(bound[0].device.type, [operation.rows["reference"]])
+    willing = [row.name for row in ladder if verdicts[row.name] is None]
+    runs = (willing or [None])[0] if wanted == "auto" else wanted if verdicts[wanted] is None else None
+    print(f"{name}: {_describe(bound[0])}")
+    for row, reason in verdicts.items():
+        print(f"  {row:<10}{'can run it' if reason is None else 'no: ' + reason}")
+    print(f"  asked for {wanted}: " + (f"{runs} runs" if runs else "raises BackendError"))
+    return verdicts

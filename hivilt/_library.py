@@ -1,0 +1,77 @@
+"""The torch.library handle of namespace ``hivilt``: defines operators with everything torch asks of them, and loads
+the C++ library.  Every operator is opaque to tracing; schemas stand in Python, so they exist without the library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+FOLDER = Path(__file__).resolve().parent
+LIBRARY = torch.library.Library("hivilt", "FRAGMENT")
+
+# Which instruction set the C++ library chose; implemented there, for any device.
+LIBRARY.define("isa() -> str")
+
+_load_failure: str | None = None
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable,
+    run: Callable | None = None,
+    vmap: Callable | None = None,
+    flops: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Defines ``hivilt::<schema>`` and returns its overload, bound once.
+
+    Args:
+        fake: shapes, dtypes and strides of the results, for meta and fake tensors.
+        run: the implementation for CPU and CUDA tensors; None where C++ brings one.
+        vmap: batching rule ``(info, in_dims, *args) -> (results, out_dims)``.
+        flops: ``(*argument shapes, out_shape=...) -> int`` for torch.utils.flop_counter.
+    """
+    name = schema.split("(", 1)[0]
+    # Implementations take any strides, so Inductor need not copy arguments into their eager layout.
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    packet = getattr(torch.ops.hivilt, name)
+    if run is not None:
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"hivilt::{name}", fake, lib=LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(f"hivilt::{name}", vmap, lib=LIBRARY)
+    if flops is not None:
+        register_flop_formula(packet)(flops)
+    return packet.default
+
+
+def load() -> None:
+    """Loads the C++ library that implements the ``*_cpu`` operators; a failure is remembered, never raised."""
+    global _load_failure
+    path = next(iter(sorted(FOLDER.glob("_cpu*.so"))), None)
+    if path is None:
+        _load_failure = f"the C++ library is not built ({_why_not_built()})"
+        return
+    try:
+        torch.ops.load_library(str(path))
+        _load_failure = None
+    except (OSError, RuntimeError) as error:
+        _load_failure = f"the C++ library {path.name} does not load: {str(error).splitlines()[0]}"
+
+
+def _why_not_built() -> str:
+    try:
+        skipped = json.loads((FOLDER / "_build_info.json").read_text(encoding="utf-8"))["skipped"]
+        return skipped["_cpu"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "pip install -e . --no-build-isolation builds it"
+
+
+def load_failure() -> str | None:
+    """Why the C++ library is absent; None when it is loaded."""
+    return _load_failure
