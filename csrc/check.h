@@ -6,11 +6,8 @@
 
 namespace hivilt {
 
-template <class Expected, class Got>
-void check_value(bool ok, const char* name, const Expected& expected, const Got& got) {
-  if (!ok) {
-    throw std::runtime_error(std::string("hivilt.ValueError: ") + name + ": expected " + expected + ", got " + got);
-  }
+[[noreturn]] inline void reject(const char* name, const std::string& expected, const std::string& got) {
+  throw std::runtime_error(std::string("hivilt.ValueError: ") + name + ": expected " + expected + ", got " + got);
 }
 
 }  // namespace hivilt

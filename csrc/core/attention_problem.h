@@ -19,11 +19,6 @@ struct Operand {
   int64_t stride_b = 0, stride_h = 0, stride_t = 0;
 };
 
-// Weight and score gradient of one kept pair, written by the row pass of backward and read by its key pass.
-struct PairGrad {
-  float weight, score;
-};
-
 struct Problem {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads = 0, kv_heads = 0, n_queries = 0, n_keys = 0, d = 0, e = 0;  // packed: n_* are totals
@@ -58,7 +53,8 @@ struct Problem {
   Operand out, grad_out, grad_query, grad_key, grad_value;
   float* lse = nullptr;             // (B, H, Q)
   const float* grad_lse = nullptr;  // (B, H, Q) or null
-  PairGrad* pairs = nullptr;        // (B, H, list rows, topk)
+  float* pair_weights = nullptr;    // (B, H, list rows, topk): what met the value, and the gradient of the score;
+  float* pair_scores = nullptr;     //   written by the row pass of backward, read by the others
   float* grad_mask = nullptr;       // fp32, shape of the mask
   int64_t mask_size[4] = {1, 1, 1, 1};
 
@@ -102,7 +98,7 @@ struct Problem {
   HIVILT_INLINE int64_t cross_entry(int64_t b, int64_t h) const {
     return list_offset(b, list_head(h), list_heads) * topk;
   }
-  HIVILT_INLINE PairGrad* pairs_of(int64_t b, int64_t h) const { return pairs + list_offset(b, h, heads) * topk; }
+  HIVILT_INLINE int64_t pair_offset(int64_t b, int64_t h) const { return list_offset(b, h, heads) * topk; }
   HIVILT_INLINE const char* mask_at(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const int64_t bytes = mask_kind == MaskKind::kBool ? 1 : mask_kind == MaskKind::kFloat32 ? 4 : 2;
     return mask + (b * mask_stride[0] + h * mask_stride[1] + i * mask_stride[2] + j * mask_stride[3]) * bytes;
@@ -134,9 +130,10 @@ struct Kernels {
   Kernel topk_select;             // lists only; tasks: list rows of (b, list head)
   Kernel cross_lists;             // the lists by the other side; tasks: whole (b, list head)
   Kernel selected_forward;        // lists -> out, lse; tasks: query rows of (b, h)
-  Kernel selected_backward_rows;  // grad_query and the pair gradients; tasks: query rows of (b, h)
-  Kernel selected_backward_keys;  // grad_key, grad_value; tasks: key rows of (b, kv head)
-  Kernel selected_backward_mask;  // grad_mask; tasks: (mask batch, mask head)
+  Kernel selected_backward;       // all gradients but the mask's; tasks: whole (b, kv head)
+  Kernel selected_backward_rows;  // or in two steps: grad_query and the pairs; tasks: query rows of (b, h)
+  Kernel selected_backward_keys;  //   then grad_key, grad_value; tasks: key rows of (b, kv head)
+  Kernel selected_backward_mask;  // grad_mask, from the pairs; tasks: (mask batch, mask head)
   Kernel dense_forward;           // tasks: query rows of (b, h)
   Kernel dense_backward_rows;     // grad_query; tasks: query rows of (b, h)
   Kernel dense_backward_keys;     // grad_key, grad_value; tasks: key rows of (b, kv head)

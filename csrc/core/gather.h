@@ -6,33 +6,23 @@
 
 namespace hivilt::HIVILT_ISA {
 
-// out[t] = <x, rows[list[t]]>. Lane sums first, then across lanes: the order depends on the width alone.
+// out[t] = <x, rows[list[t]]>, eight rows at a time; up to seven elements behind out[n - 1] are overwritten. Lane sums
+// first, then across lanes: the order depends on the width alone.
 HIVILT_INLINE void gather_dots(const float* x, const float* rows, int64_t stride, const int32_t* list, int64_t n,
                                float* out) {
-  int64_t t = 0;
-  for (; t + 4 <= n; t += 4) {
-    const float* r0 = rows + list[t] * stride;
-    const float* r1 = rows + list[t + 1] * stride;
-    const float* r2 = rows + list[t + 2] * stride;
-    const float* r3 = rows + list[t + 3] * stride;
-    Vec a0 = splat(0.0f), a1 = a0, a2 = a0, a3 = a0;
+  for (int64_t t = 0; t < n; t += 8) {
+    const float* row[8];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < 8; ++r) row[r] = rows + list[smaller(t + r, n - 1)] * stride;
+    Vec acc[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) acc[r] = splat(0.0f);
     for (int64_t k = 0; k < stride; k += kLanes) {
       const Vec v = load(x + k);
-      a0 = fma(v, load(r0 + k), a0);
-      a1 = fma(v, load(r1 + k), a1);
-      a2 = fma(v, load(r2 + k), a2);
-      a3 = fma(v, load(r3 + k), a3);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) acc[r] = fma(v, load(row[r] + k), acc[r]);
     }
-    out[t] = sum(a0);
-    out[t + 1] = sum(a1);
-    out[t + 2] = sum(a2);
-    out[t + 3] = sum(a3);
-  }
-  for (; t < n; ++t) {
-    const float* r = rows + list[t] * stride;
-    Vec a = splat(0.0f);
-    for (int64_t k = 0; k < stride; k += kLanes) a = fma(load(x + k), load(r + k), a);
-    out[t] = sum(a);
+    sum8(acc, out + t);
   }
 }
 

@@ -87,11 +87,11 @@ inline void narrow(const float* src, DType dtype, int64_t n, char* dst) {
   for (int64_t i = 0; i < n; ++i) half[i] = dtype == DType::kBFloat16 ? narrow_bf16(src[i]) : narrow_f16(src[i]);
 }
 
-// dst[c][r] = src[r][c] for an 8 x 8 block of 32-bit words.
-HIVILT_INLINE void transpose8(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+// dst[c][r] = rows[r][first + c] for an 8 x 8 block of 32-bit words.
+HIVILT_INLINE void transpose8_rows(const float* const (&rows)[8], int64_t first, float* dst, int64_t dst_stride) {
 #if defined(HIVILT_SIMD_AVX2) || defined(HIVILT_SIMD_AVX512)
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * src_stride);
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(rows[i] + first);
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -108,7 +108,7 @@ HIVILT_INLINE void transpose8(const float* src, int64_t src_stride, float* dst, 
   }
 #else
   for (int c = 0; c < 8; ++c) {
-    for (int i = 0; i < 8; ++i) dst[c * dst_stride + i] = src[i * src_stride + c];
+    for (int i = 0; i < 8; ++i) dst[c * dst_stride + i] = rows[i][first + c];
   }
 #endif
 }
@@ -144,10 +144,10 @@ struct Panels {
         }
       }
       float* out = data + p * kPanel * row_words;
-      for (int64_t k = 0; k < row_words; k += 8) {
-        for (int64_t c = 0; c < kPanel; c += 8) {
-          transpose8(rows + c * row_words + k, row_words, out + k * kPanel + c, kPanel);
-        }
+      for (int64_t c = 0; c < kPanel; c += 8) {
+        const float* from[8];
+        for (int64_t r = 0; r < 8; ++r) from[r] = rows + (c + r) * row_words;
+        for (int64_t k = 0; k < row_words; k += 8) transpose8_rows(from, k, out + k * kPanel + c, kPanel);
       }
     }
   }

@@ -37,8 +37,10 @@ class RowSelector {
     list_stride = kept;
     values = arena.take<float>(block_rows * kept);
     indices = arena.take<int32_t>(block_rows * kept);
-    candidates_ = arena.take<float>(kept + chunk_ + 2 * kLanes);
-    candidate_index_ = arena.take<int32_t>(kept + chunk_ + 2 * kLanes);
+    candidate_stride_ = round_up(kept + chunk_, kLanes) + 2 * kLanes;
+    candidates_ = arena.take<float>((kLanes + 1) * candidate_stride_);
+    candidate_index_ = arena.take<int32_t>((kLanes + 1) * candidate_stride_);
+    elements_ = arena.take<float>(candidate_stride_ * kLanes);
     state = arena.take<RowState>(block_rows);
     masker_ = Masker(arena, chunk_);
   }
@@ -75,24 +77,21 @@ class RowSelector {
         score<false, false>(tiles, first, width, scale);
       }
       for (int64_t r = 0; r < n; ++r) {
-        int32_t present = static_cast<int32_t>(width);
         bool clean;
         if (mask.kind == MaskKind::kNone) {
-          clean = !mask_nan(load(unfinite_ + r * kLanes));
-          if (!clean) present = inspect(r, width, &clean);
+          clean = !mask_nan(load(unfinite_ + r * kLanes)) || inspect(r, width);
         } else {
           masker_.apply(mask, rows[r], columns.index + first, width, scores_ + r * stride_);
-          present = inspect(r, width, &clean);
+          clean = inspect(r, width);
         }
-        if (!clean) {
-          const float* row = scores_ + r * stride_;
-          for (int64_t c = 0; c < width; ++c) {
-            if (row[c] != row[c] || row[c] == kInf) poison(rows[r], columns.index[first + c]);
-          }
-          state[r].poisoned = true;
+        if (clean) continue;
+        const float* row = scores_ + r * stride_;
+        for (int64_t c = 0; c < width; ++c) {
+          if (row[c] != row[c] || row[c] == kInf) poison(rows[r], columns.index[first + c]);
         }
-        keep_best(r, first, width, present);
+        state[r].poisoned = true;
       }
+      for (int64_t r = 0; r < n; r += kLanes) keep_best(r, smaller<int64_t>(n - r, kLanes), first, width);
     }
   }
 
@@ -146,95 +145,126 @@ class RowSelector {
     }
   }
 
-  // Which scores of a row are present, and whether those are all finite. Rebuilds the group maxima.
-  int32_t inspect(int64_t r, int64_t width, bool* clean) {
+  // Whether the scores of a row that are present are all finite. Rebuilds the group maxima.
+  bool inspect(int64_t r, int64_t width) {
     float* row = scores_ + r * stride_;
     float* best = group_best_ + r * groups_;
     const Vec absent = splat(-kInf);
     for (int64_t i = 0; i < groups_; i += kLanes) store(best + i, absent);
-    int32_t present = 0;
     uint32_t odd = 0;
     int64_t slot = 0;
     for (int64_t c = 0; c < width; c += kLanes) {
       const Vec x = load(row + c);
-      const uint32_t missing = mask_ge(absent, x);
-      odd |= mask_nan(sub(x, x)) & ~missing;
-      present += kLanes - popcount(missing);
+      odd |= mask_nan(sub(x, x)) & ~mask_ge(absent, x);
       if (groups_) {
         store(best + slot, max(x, load(best + slot)));
         slot = slot + kLanes == groups_ ? 0 : slot + kLanes;
       }
     }
-    *clean = odd == 0;
-    return present;
+    return odd == 0;
   }
 
-  void keep_best(int64_t r, int64_t first, int64_t width, int32_t present) {
+  // Rows [r, r + n) of the block, n <= kLanes, take what they keep of a chunk.
+  void keep_best(int64_t r, int64_t n, int64_t first, int64_t width) {
+    const auto k = static_cast<int32_t>(topk_);
+    const int64_t vecs = (width + kLanes - 1) / kLanes;
+    const auto lane_row = [&](int64_t l) { return r + smaller(l, n - 1); };
+    if (first == 0 && !groups_) {
+      brackets_.load_rows(elements_, round_up(width, 8), [&](int64_t l) { return scores_ + lane_row(l) * stride_; });
+      brackets_.search(k, 0);
+      for (int64_t l = 0; l < n; ++l) {
+        RowState& s = state[r + l];
+        const float* row = scores_ + (r + l) * stride_;
+        float* value = values + (r + l) * list_stride;
+        int32_t* index = indices + (r + l) * list_stride;
+        if (s.poisoned) {
+          keep_slowly(r + l, first, width);
+        } else if (brackets_.lane(l).count_low <= k) {
+          s.kept = take_above(row, vecs, larger(brackets_.lane(l).low, kLowest), 0, value, index);
+        } else {
+          s.kept = take_best(row, nullptr, vecs, k, brackets_.lane(l), value, index);
+        }
+      }
+      return;
+    }
+    // At least k group maxima reach the k-th largest of them, so at least k scores do.
+    float threshold[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) threshold[l] = kLowest;
+    if (groups_) {
+      brackets_.load_rows(elements_, groups_, [&](int64_t l) { return group_best_ + lane_row(l) * groups_; });
+      brackets_.search(k, k / 8);
+      for (int64_t l = 0; l < n; ++l) {
+        if (brackets_.lane(l).count_low >= k) threshold[l] = larger(brackets_.lane(l).low, kLowest);
+      }
+    }
+    // Candidates: what was kept so far, and of this chunk what can still enter.
+    int32_t count[kLanes], most = 0;
+    for (int64_t l = 0; l < n; ++l) {
+      RowState& s = state[r + l];
+      float* candidate = candidates_ + l * candidate_stride_;
+      int32_t* candidate_index = candidate_index_ + l * candidate_stride_;
+      const float* value = values + (r + l) * list_stride;
+      if (s.poisoned) {
+        keep_slowly(r + l, first, width);
+        count[l] = 0;
+        continue;
+      }
+      if (s.kept == k) {
+        // The list is full: a later column must beat its lowest, ties lose.
+        float lowest = value[0];
+        for (int32_t t = 1; t < k; ++t) lowest = smaller(lowest, value[t]);
+        threshold[l] = larger(threshold[l], from_ordered_bits(ordered_bits(lowest) + 1));
+      }
+      std::memcpy(candidate, value, static_cast<size_t>(s.kept) * 4);
+      std::memcpy(candidate_index, indices + (r + l) * list_stride, static_cast<size_t>(s.kept) * 4);
+      count[l] = s.kept + take_above(scores_ + (r + l) * stride_, vecs, threshold[l], static_cast<int32_t>(first),
+                                     candidate + s.kept, candidate_index + s.kept);
+      most = larger(most, count[l]);
+    }
+    const int64_t padded = round_up(most, larger(8, kLanes));
+    for (int64_t l = 0; l < n; ++l) {
+      float* candidate = candidates_ + l * candidate_stride_;
+      for (int64_t c = count[l]; c < padded; c += kLanes) store(candidate + c, splat(-kInf));
+    }
+    brackets_.load_rows(elements_, padded,
+                        [&](int64_t l) { return candidates_ + smaller(l, n - 1) * candidate_stride_; });
+    brackets_.search(k, 0);
+    for (int64_t l = 0; l < n; ++l) {
+      RowState& s = state[r + l];
+      if (s.poisoned) continue;
+      const float* candidate = candidates_ + l * candidate_stride_;
+      const int32_t* candidate_index = candidate_index_ + l * candidate_stride_;
+      float* value = values + (r + l) * list_stride;
+      int32_t* index = indices + (r + l) * list_stride;
+      if (count[l] <= k) {
+        std::memcpy(value, candidate, static_cast<size_t>(count[l]) * 4);
+        std::memcpy(index, candidate_index, static_cast<size_t>(count[l]) * 4);
+        s.kept = count[l];
+      } else {
+        s.kept =
+            take_best(candidate, candidate_index, (count[l] + kLanes - 1) / kLanes, k, brackets_.lane(l), value, index);
+      }
+    }
+  }
+
+  void keep_slowly(int64_t r, int64_t first, int64_t width) {
     RowState& s = state[r];
     float* value = values + r * list_stride;
     int32_t* index = indices + r * list_stride;
-    const float* row = scores_ + r * stride_;
-    const int64_t vecs = (width + kLanes - 1) / kLanes;
-    const auto k = static_cast<int32_t>(topk_);
-    if (s.poisoned) {
-      std::memcpy(candidates_, value, static_cast<size_t>(s.kept) * 4);
-      std::memcpy(candidate_index_, index, static_cast<size_t>(s.kept) * 4);
-      std::memcpy(candidates_ + s.kept, row, static_cast<size_t>(width) * 4);
-      for (int64_t c = 0; c < width; ++c) candidate_index_[s.kept + c] = static_cast<int32_t>(first + c);
-      const int32_t n = take_best_slowly(candidates_, s.kept + width, k, 0, value, index);
-      for (int32_t t = 0; t < n; ++t) index[t] = candidate_index_[index[t]];
-      s.kept = n;
-      return;
-    }
-    if (present == 0) return;
-    if (first == 0 && present <= k) {
-      s.kept = take_above(row, vecs, kLowest, 0, value, index);
-      return;
-    }
-    if (first == 0 && !groups_) {
-      Bracket b = extremes(row, vecs, present);
-      narrow_bracket(row, vecs, k, 0, b);
-      s.kept = take_best(row, nullptr, vecs, k, b, value, index);
-      return;
-    }
-    // Candidates: what was kept so far, and of this chunk what can still enter. At least k group maxima reach the
-    // k-th largest of them, so at least k scores do.
-    float threshold = kLowest;
-    if (groups_ && present > k) {
-      const float* best = group_best_ + r * groups_;
-      const int64_t group_vecs = groups_ / kLanes;
-      int32_t filled = 0;
-      for (int64_t v = 0; v < group_vecs; ++v) filled += popcount(mask_gt(load(best + v * kLanes), splat(-kInf)));
-      if (filled > k) {
-        Bracket b = extremes(best, group_vecs, filled);
-        narrow_bracket(best, group_vecs, k, k / 8, b);
-        threshold = b.low;
-      }
-    }
-    if (s.kept == k) {
-      // The list is full: a later column must beat its lowest, ties lose.
-      float lowest = value[0];
-      for (int32_t t = 1; t < k; ++t) lowest = smaller(lowest, value[t]);
-      threshold = larger(threshold, from_ordered_bits(ordered_bits(lowest) + 1));
-    }
-    std::memcpy(candidates_, value, static_cast<size_t>(s.kept) * 4);
-    std::memcpy(candidate_index_, index, static_cast<size_t>(s.kept) * 4);
-    const int32_t n = s.kept + take_above(row, vecs, threshold, static_cast<int32_t>(first), candidates_ + s.kept,
-                                          candidate_index_ + s.kept);
-    store(candidates_ + n, splat(-kInf));
-    const int64_t candidate_vecs = (n + kLanes - 1) / kLanes;
-    if (n <= k) {
-      std::memcpy(value, candidates_, static_cast<size_t>(n) * 4);
-      std::memcpy(index, candidate_index_, static_cast<size_t>(n) * 4);
-      s.kept = n;
-      return;
-    }
-    Bracket b = extremes(candidates_, candidate_vecs, n);
-    narrow_bracket(candidates_, candidate_vecs, k, 0, b);
-    s.kept = take_best(candidates_, candidate_index_, candidate_vecs, k, b, value, index);
+    // The first candidate arrays may be in use by an earlier row of the batch: the last ones are kept for this.
+    float* candidate = candidates_ + kLanes * candidate_stride_;
+    int32_t* candidate_index = candidate_index_ + kLanes * candidate_stride_;
+    std::memcpy(candidate, value, static_cast<size_t>(s.kept) * 4);
+    std::memcpy(candidate_index, index, static_cast<size_t>(s.kept) * 4);
+    std::memcpy(candidate + s.kept, scores_ + r * stride_, static_cast<size_t>(width) * 4);
+    for (int64_t c = 0; c < width; ++c) candidate_index[s.kept + c] = static_cast<int32_t>(first + c);
+    s.kept = take_best_slowly(candidate, s.kept + width, static_cast<int32_t>(topk_), 0, value, index);
+    for (int32_t t = 0; t < s.kept; ++t) index[t] = candidate_index[index[t]];
   }
 
-  int64_t topk_, chunk_ = 0, stride_ = 0, groups_ = 0;
+  int64_t topk_, chunk_ = 0, stride_ = 0, groups_ = 0, candidate_stride_ = 0;
+  RowBrackets brackets_;
+  float* elements_ = nullptr;
   float* left_ = nullptr;
   float* scores_ = nullptr;
   float* group_best_ = nullptr;

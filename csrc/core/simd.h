@@ -38,6 +38,16 @@ HIVILT_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+#if defined(HIVILT_SIMD_AVX512) || defined(HIVILT_SIMD_AVX2)
+// Eight horizontal sums at once: a transposing tree costs a third of eight single ones.
+HIVILT_INLINE void sum8_halves(const __m256 (&a)[8], float* out) {
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  _mm256_storeu_ps(out,
+                   _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+}
+#endif
+
 #if defined(HIVILT_SIMD_AVX512)
 // ---------------------------------------------------------------- 16 lanes, 32 registers
 using Vec = __m512;
@@ -104,6 +114,24 @@ HIVILT_INLINE float max_of(Vec v) {
 }
 HIVILT_INLINE float min_of(Vec v) {
   return _mm512_reduce_min_ps(v);
+}
+// Per-lane counters.
+using Count = __m512i;
+HIVILT_INLINE Count no_count() {
+  return _mm512_setzero_si512();
+}
+HIVILT_INLINE Count count_ge(Count n, Vec a, Vec b) {
+  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), n, _mm512_set1_epi32(1));
+}
+HIVILT_INLINE Vec as_floats(Count n) {
+  return _mm512_cvtepi32_ps(n);
+}
+// x where a >= b, otherwise (NaN included) y.
+HIVILT_INLINE Vec where_ge(Vec a, Vec b, Vec x, Vec y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), y, x);
+}
+HIVILT_INLINE Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
 }
 // Whole vectors are written; the lanes behind the popcount are garbage for the next write to cover.
 // Compressing in a register and storing that: the memory form is microcoded on Zen 4.
@@ -209,6 +237,9 @@ HIVILT_INLINE float sum(Vec v) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+HIVILT_INLINE void sum8(const Vec (&a)[8], float* out) {
+  sum8_halves(a, out);
+}
 HIVILT_INLINE float max_of(Vec v) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -218,6 +249,22 @@ HIVILT_INLINE float min_of(Vec v) {
   __m128 x = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_min_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_min_ss(x, _mm_movehdup_ps(x)));
+}
+using Count = __m256i;
+HIVILT_INLINE Count no_count() {
+  return _mm256_setzero_si256();
+}
+HIVILT_INLINE Count count_ge(Count n, Vec a, Vec b) {
+  return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+HIVILT_INLINE Vec as_floats(Count n) {
+  return _mm256_cvtepi32_ps(n);
+}
+HIVILT_INLINE Vec where_ge(Vec a, Vec b, Vec x, Vec y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GE_OQ));
+}
+HIVILT_INLINE Vec div(Vec a, Vec b) {
+  return _mm256_div_ps(a, b);
 }
 
 // Row b lists the set bits of the byte b, one byte each: AVX2 has no compress instruction.
@@ -339,6 +386,9 @@ HIVILT_INLINE float sum(const Vec& v) {
   for (int l = 0; l < kLanes; ++l) r += v.lane[l];
   return r;
 }
+HIVILT_INLINE void sum8(const Vec (&a)[8], float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = sum(a[i]);
+}
 HIVILT_INLINE float max_of(const Vec& v) {
   float r = v.lane[0];
   for (int l = 1; l < kLanes; ++l) r = larger(r, v.lane[l]);
@@ -348,6 +398,22 @@ HIVILT_INLINE float min_of(const Vec& v) {
   float r = v.lane[0];
   for (int l = 1; l < kLanes; ++l) r = smaller(r, v.lane[l]);
   return r;
+}
+using Count = Vec;
+HIVILT_INLINE Count no_count() {
+  return splat(0.0f);
+}
+HIVILT_INLINE Count count_ge(const Count& n, const Vec& a, const Vec& b) {
+  return map([&](int l) { return n.lane[l] + (a.lane[l] >= b.lane[l] ? 1.0f : 0.0f); });
+}
+HIVILT_INLINE Vec as_floats(const Count& n) {
+  return n;
+}
+HIVILT_INLINE Vec where_ge(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
+  return map([&](int l) { return a.lane[l] >= b.lane[l] ? x.lane[l] : y.lane[l]; });
+}
+HIVILT_INLINE Vec div(const Vec& a, const Vec& b) {
+  return map([&](int l) { return a.lane[l] / b.lane[l]; });
 }
 HIVILT_INLINE void compress(float* p, const Vec& v, uint32_t bits) {
   for (int l = 0; l < kLanes; ++l) {

@@ -1,9 +1,9 @@
-// Exact top-k of short fp32 rows by counting: a threshold t with count(row >= t) == k is searched by interpolation
-// and bisection, then one compress pass writes what passes it. Order: value descending, then index ascending; the
+// Exact top-k of fp32 rows by counting: a threshold t with count(row >= t) == k is searched by interpolation and
+// halving, then one compress pass writes what passes it. Order: value descending, then index ascending; the
 // output is in index order. Nothing is sorted. Rows given here hold numbers and -inf (absent) only, no NaN.
 #pragma once
 
-#include "core/simd.h"
+#include "core/pack.h"
 
 namespace hivilt::HIVILT_ISA {
 
@@ -26,56 +26,110 @@ struct Bracket {
   int32_t count_low, count_high;
 };
 
-HIVILT_INLINE int32_t count_ge(const float* row, int64_t vecs, float threshold) {
-  const Vec t = splat(threshold);
-  int32_t n = 0;
-  for (int64_t v = 0; v < vecs; ++v) n += popcount(mask_ge(load(row + v * kLanes), t));
-  return n;
-}
-
-// Bracket of a whole row from its extremes. `present` = number of values that are not -inf, at least 1.
-HIVILT_INLINE Bracket extremes(const float* row, int64_t vecs, int32_t present) {
-  const Vec absent = splat(-kInf), top = splat(kInf);
-  Vec low = top, high = absent;
-  for (int64_t v = 0; v < vecs; ++v) {
-    const Vec x = load(row + v * kLanes);
-    high = max(high, x);
-    low = min(low, above_or(x, absent, top));
+// kLanes rows at once, one a lane, so that counting needs no sum across lanes and no branch: rows are transposed into
+// `elements` (length x kLanes, length a multiple of 8) and searched together by interpolation; the few lanes that this
+// leaves open are finished one by one by halving the number of floats in between, which always ends.
+class RowBrackets {
+ public:
+  // row(l) is lane l's row, readable up to `length`; values behind its own end are -inf.
+  template <class Row>
+  void load_rows(float* elements, int64_t length, Row row) {
+    elements_ = elements;
+    length_ = length;
+    for (int64_t half = 0; half < kLanes; half += 8) {
+      const float* from[8];
+      for (int64_t l = 0; l < 8; ++l) from[l] = row(half + l);
+      for (int64_t e = 0; e < length; e += 8) transpose8_rows(from, e, elements + e * kLanes + half, kLanes);
+    }
+    const Vec absent = splat(-kInf), top = splat(kInf), present = splat(kLowest);
+    Vec low = top, high = absent;
+    Count n = no_count();
+    for (int64_t e = 0; e < length; ++e) {
+      const Vec x = load(elements + e * kLanes);
+      high = max(high, x);
+      low = min(low, above_or(x, absent, top));
+      n = count_ge(n, x, present);
+    }
+    store(low_, low);
+    store(high_, high);
+    store(count_low_, as_floats(n));
   }
-  return {min_of(low), from_ordered_bits(ordered_bits(max_of(high)) + 1), present, 0};
-}
+  // How many values of lane l are present (not -inf).
+  int32_t present(int64_t l) const { return static_cast<int32_t>(count_low_[l]); }
 
-// Narrows until count_low - k <= slack, or until no float lies between low and high (then values equal to low tie).
-HIVILT_INLINE void narrow_bracket(const float* row, int64_t vecs, int32_t k, int32_t slack, Bracket& b) {
-  for (int step = 0; b.count_low - k > slack; ++step) {
-    float t;
-    if (step < 12 && step % 3 != 2) {
-      // Counts fall roughly linearly within a bracket: aim where the line through both ends meets k.
-      const float part = (static_cast<float>(b.count_low - k) - 0.5f * static_cast<float>(slack)) /
-                         static_cast<float>(b.count_low - b.count_high);
-      t = b.low + (b.high - b.low) * part;
-    } else if (step < 12) {
-      t = 0.5f * b.low + 0.5f * b.high;
-    } else {
-      // Guaranteed: halves the number of floats between the ends.
-      const int64_t low = ordered_bits(b.low), high = ordered_bits(b.high);
-      t = from_ordered_bits(static_cast<int32_t>(low + (high - low) / 2));
+  // For lanes with more than k values present: narrows to count_low - k <= slack, or to a tie at `low`.
+  void search(int32_t k, int32_t slack) {
+    for (int64_t l = 0; l < kLanes; ++l) {
+      high_[l] = from_ordered_bits(ordered_bits(high_[l]) + 1);
+      count_high_[l] = 0.0f;
     }
-    if (!(t > b.low && t < b.high)) {
-      const int64_t low = ordered_bits(b.low), high = ordered_bits(b.high);
-      if (high - low <= 1) return;
-      t = from_ordered_bits(static_cast<int32_t>(low + (high - low) / 2));
+    const Vec wanted = splat(static_cast<float>(k)), enough = splat(static_cast<float>(k + slack));
+    const Vec aim = splat(static_cast<float>(k) + 0.5f * static_cast<float>(slack)), half = splat(0.5f);
+    Vec low = load(low_), high = load(high_), count_low = load(count_low_), count_high = load(count_high_);
+    for (int step = 0; step < 12; ++step) {
+      if (!mask_gt(count_low, enough)) break;
+      const Vec middle = fma(half, low, mul(half, high));
+      Vec t = middle;
+      if (step % 3 != 2) {
+        // Counts fall roughly linearly within a bracket: aim where the line through both ends meets k.
+        t = fma(sub(high, low), div(sub(count_low, aim), sub(count_low, count_high)), low);
+        t = where_ge(low, t, middle, where_ge(t, high, middle, t));
+      }
+      // Lanes that are done, or have nothing in between, stand still.
+      t = where_ge(enough, count_low, low, t);
+      t = where_ge(t, low, where_ge(t, high, low, t), low);
+      Count n = no_count(), m = no_count();
+      for (int64_t e = 0; e < length_; e += 2) {
+        n = count_ge(n, load(elements_ + e * kLanes), t);
+        m = count_ge(m, load(elements_ + (e + 1) * kLanes), t);
+      }
+      const Vec count = add(as_floats(n), as_floats(m));
+      high = where_ge(count, wanted, high, t);
+      count_high = where_ge(count, wanted, count_high, count);
+      low = where_ge(count, wanted, t, low);
+      count_low = where_ge(count, wanted, count, count_low);
     }
-    const int32_t n = count_ge(row, vecs, t);
-    if (n >= k) {
-      b.low = t;
-      b.count_low = n;
-    } else {
-      b.high = t;
-      b.count_high = n;
+    const uint32_t open = mask_gt(count_low, enough);
+    store(low_, low);
+    store(high_, high);
+    store(count_low_, count_low);
+    store(count_high_, count_high);
+    for (int64_t l = 0; open >> l; ++l) {
+      if (open >> l & 1) halve(l, k, slack);
     }
   }
-}
+  Bracket lane(int64_t l) const {
+    return {low_[l], high_[l], static_cast<int32_t>(count_low_[l]), static_cast<int32_t>(count_high_[l])};
+  }
+
+ private:
+  void halve(int64_t l, int32_t k, int32_t slack) {
+    while (count_low_[l] - static_cast<float>(k) > static_cast<float>(slack)) {
+      const int64_t low = ordered_bits(low_[l]), high = ordered_bits(high_[l]);
+      if (high - low <= 1) return;  // what reaches `low` but not `high` equals `low`
+      const float t = from_ordered_bits(static_cast<int32_t>(low + (high - low) / 2));
+      // A count jumps over many floats at a time where values repeat: move to values that occur.
+      float n = 0, below = -kInf, above = kInf;
+      for (int64_t e = 0; e < length_; ++e) {
+        const float x = elements_[e * kLanes + l];
+        n += x >= t ? 1.0f : 0.0f;
+        if (x >= t && x < above) above = x;
+        if (x < t && x > below) below = x;
+      }
+      if (n >= static_cast<float>(k)) {
+        low_[l] = above;  // nothing lies between t and the least value that reaches it
+        count_low_[l] = n;
+      } else {
+        high_[l] = from_ordered_bits(ordered_bits(larger(below, low_[l])) + 1);
+        count_high_[l] = n;
+      }
+    }
+  }
+
+  float* elements_ = nullptr;
+  int64_t length_ = 0;
+  float low_[kLanes], high_[kLanes], count_low_[kLanes], count_high_[kLanes];
+};
 
 // Writes the k best of a row whose bracket was narrowed with slack 0: values and indices, in index order. `index` may
 // be null: then element p has index p. Both outputs have room for a whole vector behind the k-th element.

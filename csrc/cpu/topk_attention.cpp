@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -45,9 +46,10 @@ std::vector<int64_t> offsets_of(const Tensor& cu_seqlens, const char* name, int6
     start[s] = c.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(c.data_ptr())[s]
                                                   : static_cast<const int64_t*>(c.data_ptr())[s];
     const int64_t floor = s ? start[s - 1] : 0;
-    check_value(start[s] >= floor && start[s] <= total && (s || start[s] == 0), name,
-                "offsets from 0 that never fall and end at or before " + std::to_string(total),
-                std::to_string(start[s]) + " at position " + std::to_string(s));
+    if (start[s] < floor || start[s] > total || (s == 0 && start[s] != 0)) {
+      reject(name, "offsets from 0 that never fall and end at or before " + std::to_string(total),
+             std::to_string(start[s]) + " at position " + std::to_string(s));
+    }
   }
   return start;
 }
@@ -93,7 +95,7 @@ struct Call {
       case ScalarType::BFloat16:
         return DType::kBFloat16;
       default:
-        check_value(x.scalar_type() == ScalarType::Half, "query", "float32, bfloat16 or float16", "another dtype");
+        if (x.scalar_type() != ScalarType::Half) reject("query", "float32, bfloat16 or float16", "another dtype");
         return DType::kFloat16;
     }
   }
@@ -154,6 +156,7 @@ struct Call {
     p.list_heads = p.shared ? 1 : p.heads;
     lists = torch::stable::new_empty(query, {query.size(0), p.list_heads, list_rows(), topk}, ScalarType::Int);
     p.lists = static_cast<int32_t*>(lists.data_ptr());
+    check_list_size();
     if (slack) std::memset(p.lists, 0xff, static_cast<size_t>(lists.numel()) * 4);
     return lists;
   }
@@ -167,39 +170,59 @@ struct Call {
     std::fill_n(p.lse, lse.numel(), -__builtin_inff());
   }
 
+  // Positions within a head's lists are kept in 32 bits.
+  void check_list_size() const {
+    if (list_rows() * p.topk > INT32_MAX) {
+      reject("topk", "at most 2^31 list entries a head",
+             std::to_string(list_rows()) + " rows of " + std::to_string(p.topk));
+    }
+  }
+
   // Lists that a caller made: checked, sorted and closed up where they are not, otherwise used as they are.
   void use_lists(const Tensor& indices) {
     lists = torch::stable::contiguous(indices);
     p.topk = lists.size(3);
     p.list_heads = lists.size(1);
     p.lists = static_cast<int32_t*>(lists.data_ptr());
-    bool copied = false;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t rows = p.rows_of(b), columns = p.columns_of(b);
-      for (int64_t h = 0; h < p.list_heads; ++h) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const int32_t* row = p.lists + (p.list_offset(b, h, p.list_heads) + r) * p.topk;
-          bool tidy = true;
-          for (int64_t t = 0; t < p.topk; ++t) {
-            check_value(row[t] >= -1 && row[t] < columns, "indices", "values from -1 to " + std::to_string(columns - 1),
-                        std::to_string(row[t]));
-            tidy &= t == 0 || row[t] > row[t - 1] || (row[t] == -1 && row[t - 1] == -1) || row[t] == -1;
-            tidy &= t == 0 || row[t] == -1 || row[t - 1] != -1;
-          }
-          if (tidy) continue;
-          if (!copied) {
-            lists = torch::stable::clone(lists);
-            p.lists = static_cast<int32_t*>(lists.data_ptr());
-            copied = true;
-          }
-          int32_t* own = p.lists + (p.list_offset(b, h, p.list_heads) + r) * p.topk;
-          // Unsigned order puts -1 last.
-          std::sort(own, own + p.topk,
-                    [](int32_t x, int32_t y) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(y); });
-          for (int64_t t = 1; t < p.topk; ++t) {
-            check_value(own[t] == -1 || own[t] != own[t - 1], "indices", "no value twice in a row",
-                        std::to_string(own[t]) + " more than once");
-          }
+    check_list_size();
+    const auto each_slice = [&](auto body) {
+      parallel_tasks(p.batch * p.list_heads, 0, [&](int64_t begin, int64_t end, char*) {
+        for (int64_t s = begin; s < end; ++s) body(s / p.list_heads, s % p.list_heads);
+      });
+    };
+    std::atomic<bool> tidy{true};
+    each_slice([&](int64_t b, int64_t h) {
+      if (!check_slice(b, h)) tidy = false;
+    });
+    if (tidy) return;
+    lists = torch::stable::clone(lists);
+    p.lists = static_cast<int32_t*>(lists.data_ptr());
+    each_slice([&](int64_t b, int64_t h) { tidy_slice(b, h); });
+  }
+
+ private:
+  // Whether every row ascends with its -1s last, which unsigned order expresses. Values out of range are refused.
+  bool check_slice(int64_t b, int64_t h) const {
+    const auto columns = static_cast<int32_t>(p.columns_of(b));
+    const int32_t* row = p.list(b, h);
+    int32_t out_of_range = 0, untidy = 0;
+    for (int64_t r = 0; r < p.rows_of(b); ++r, row += p.topk) {
+      for (int64_t t = 0; t < p.topk; ++t) out_of_range |= (row[t] < -1) | (row[t] >= columns);
+      for (int64_t t = 1; t < p.topk; ++t) {
+        untidy |= (row[t] != -1) & (static_cast<uint32_t>(row[t]) <= static_cast<uint32_t>(row[t - 1]));
+      }
+    }
+    if (out_of_range) reject("indices", "values from -1 to " + std::to_string(columns - 1), "one outside");
+    return untidy == 0;
+  }
+  void tidy_slice(int64_t b, int64_t h) {
+    int32_t* row = p.list(b, h);
+    for (int64_t r = 0; r < p.rows_of(b); ++r, row += p.topk) {
+      std::sort(row, row + p.topk,
+                [](int32_t x, int32_t y) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(y); });
+      for (int64_t t = 1; t < p.topk; ++t) {
+        if (row[t] != -1 && row[t] == row[t - 1]) {
+          reject("indices", "no value twice in a row", std::to_string(row[t]) + " more than once");
         }
       }
     }
@@ -256,8 +279,6 @@ struct CrossLists {
   explicit CrossLists(Call& call) {
     Problem& p = call.p;
     const int64_t columns = p.axis == 0 ? p.n_keys : p.n_queries;
-    check_value(call.list_rows() * p.topk <= INT32_MAX, "topk", "at most 2^31 list entries a head",
-                std::to_string(call.list_rows()) + " rows of " + std::to_string(p.topk));
     offsets = torch::stable::new_empty(call.query, {p.batch * p.list_heads * (columns + 1)}, ScalarType::Int);
     if (call.packed) {
       offsets = torch::stable::new_empty(call.query, {p.list_heads * (columns + p.batch)}, ScalarType::Int);
@@ -388,13 +409,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
     }
   } else {
     call.use_lists(indices);
-    const CrossLists cross(call);
-    const int64_t per_head = call.list_rows() * p.topk;
-    const Tensor pairs = torch::stable::new_empty(query, {query.size(0) * p.heads * per_head * 2}, ScalarType::Float);
-    p.pairs = static_cast<PairGrad*>(pairs.data_ptr());
-    run(kernels().selected_backward_rows, p, query_tasks(p));
-    run(kernels().selected_backward_keys, p, key_tasks(p));
-    if (bias_grad) run(kernels().selected_backward_mask, p, slice_tasks(p.mask_size[0], p.mask_size[1]));
+    std::optional<CrossLists> cross;
+    if (axis == 1) cross.emplace(call);
+    // One pass keeps the pairs in cache and out of memory, if there are enough heads to share among the threads.
+    if (!bias_grad && p.batch * p.kv_heads >= thread_count()) {
+      run(kernels().selected_backward, p, slice_tasks(p.batch, p.kv_heads));
+    } else {
+      const int64_t per_head = call.list_rows() * p.topk;
+      const Tensor pairs = torch::stable::new_empty(query, {2, query.size(0) * p.heads * per_head}, ScalarType::Float);
+      p.pair_weights = static_cast<float*>(pairs.data_ptr());
+      p.pair_scores = p.pair_weights + pairs.size(1);
+      run(kernels().selected_backward_rows, p, query_tasks(p));
+      run(kernels().selected_backward_keys, p, key_tasks(p));
+      if (bias_grad) run(kernels().selected_backward_mask, p, slice_tasks(p.mask_size[0], p.mask_size[1]));
+    }
   }
   if (bias_grad && call.mask.scalar_type() != ScalarType::Float) {
     grad_mask = torch::stable::to(grad_mask, call.mask.scalar_type());
