@@ -109,6 +109,13 @@ HIVILT_INLINE Vec below_or(Vec a, Vec floor, Vec b, Vec c) {
 HIVILT_INLINE float sum(Vec v) {
   return _mm512_reduce_add_ps(v);
 }
+// out[i] = sum of the lanes of a[i].
+HIVILT_INLINE void sum8(const Vec (&a)[8], float* out) {
+  __m256 r[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1));
+  sum8_halves(r, out);
+}
 HIVILT_INLINE float max_of(Vec v) {
   return _mm512_reduce_max_ps(v);
 }
