@@ -104,7 +104,7 @@ HIVILT_INLINE Vec above_or(Vec a, Vec floor, Vec b) {
 }
 // c where a < floor, otherwise (NaN included) b.
 HIVILT_INLINE Vec below_or(Vec a, Vec floor, Vec b, Vec c) {
-  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, floor, _CMP_LT_OQ), c, b);
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, floor, _CMP_LT_OQ), b, c);
 }
 HIVILT_INLINE float sum(Vec v) {
   return _mm512_reduce_add_ps(v);
