@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-TINY = 2.0**-126  # below this an exponential may be flushed to zero
+TINY = 2.0**-102  # u * TINY is the smallest normal float32: a smaller probability may be flushed to zero
 NAN, INF = float("nan"), float("inf")
 
 
@@ -211,6 +211,6 @@ def dropout_keep(seed: int, p: float, shape: tuple[int, int, int, int], first_ba
     grid = np.meshgrid(np.arange(first_batch, first_batch + B), np.arange(H), np.arange(Q), np.arange((N + 3) // 4),
                        indexing="ij")  # fmt: skip
     words = philox(np.stack(grid[::-1], -1).astype(np.uint32), (seed & 0xFFFFFFFF, seed >> 32))
-    words = words.reshape(B, H, Q, -1)[..., :N].astype(np.uint64)
+    words = words.reshape(B, H, Q, 4 * ((N + 3) // 4))[..., :N].astype(np.uint64)
     kept = torch.from_numpy(words >= np.uint64(math.floor(p * 2.0**32)))
     return kept.double() / (1 - p) if p < 1 else torch.zeros(shape, dtype=torch.float64)
