@@ -91,10 +91,10 @@ def check_packed(op: str, query: Any, key: Any, value: Any) -> None:
 
 
 def check_topk(op: str, topk: Any) -> int:
-    if isinstance(topk, bool) or isinstance(topk, Tensor) or not hasattr(topk, "__index__"):
-        refuse(TypeError, op, "topk", "an int of at least 1" + (" or None" if "select" not in op else ""), topk)
-    if not isinstance(topk, torch.SymInt):
-        topk = operator.index(topk)
+    if isinstance(topk, bool) or not isinstance(topk, int | torch.SymInt):
+        if isinstance(topk, bool | Tensor) or not hasattr(topk, "__index__"):
+            refuse(TypeError, op, "topk", "an int of at least 1" + (" or None" if "select" not in op else ""), topk)
+        topk = operator.index(topk)  # of numpy
     if topk <= 0:
         refuse(ValueError, op, "topk", "at least 1", topk)
     return topk
@@ -235,8 +235,10 @@ def check_offsets(op: str, name: str, cu_seqlens: Tensor, total: int, longest: i
 
 
 def check_max_seqlen(op: str, name: str, x: Any) -> int:
-    if isinstance(x, bool | Tensor) or not hasattr(x, "__index__"):
-        refuse(TypeError, op, name, "an int", x)
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        if isinstance(x, bool | Tensor) or not hasattr(x, "__index__"):
+            refuse(TypeError, op, name, "an int", x)
+        x = operator.index(x)
     if x < 0:
         refuse(ValueError, op, name, "an int of at least 0", x)
     return x

@@ -165,7 +165,8 @@ def topk_select(
         query, key, topk, axis=axis, attn_mask=attn_mask, key_mask=key_mask, query_mask=query_mask,
         select_query=select_query, select_key=select_key, scale=scale, backend=backend,
     )  # fmt: skip
-    return _pad(run(TOPK_SELECT, backend, args), width, (args[0], args[1], None, *args[2:]))
+    indices = run(TOPK_SELECT, backend, args) if args[2] > 0 else query.new_empty(0)  # 0: nothing to select from
+    return _pad(indices, width, (args[0], args[1], None, *args[2:]))
 
 
 def selected_attention(
