@@ -135,9 +135,10 @@ struct Kernels {
   Kernel selected_backward_keys;  //   then grad_key, grad_value; tasks: key rows of (b, kv head)
   Kernel selected_backward_mask;  // grad_mask, from the pairs; tasks: (mask batch, mask head)
   Kernel dense_forward;           // tasks: query rows of (b, h)
-  Kernel dense_backward_rows;     // grad_query; tasks: query rows of (b, h)
-  Kernel dense_backward_keys;     // grad_key, grad_value; tasks: key rows of (b, kv head)
-  Kernel dense_backward_mask;     // grad_mask; tasks: (mask batch, mask head, query rows)
+  Kernel dense_backward;          // as selected_backward: all at once, or in two steps, and the mask by itself
+  Kernel dense_backward_rows;
+  Kernel dense_backward_keys;
+  Kernel dense_backward_mask;  // grad_mask; tasks: (mask batch, mask head, query rows)
 };
 
 }  // namespace hivilt

@@ -391,11 +391,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
                                          ScalarType::Float);
     p.grad_mask = static_cast<float*>(grad_mask.data_ptr());
   }
+  // One pass over a head computes each pair once; two passes find work for more threads than there are heads.
+  const int64_t slices = p.batch * p.kv_heads;
+  const bool whole_heads = slices % thread_count() == 0 || slices >= 4 * thread_count();
   if (indices.dim() == 1) {
     p.axis = 0;
     call.set_token_masks(key_mask, query_mask);
-    run(kernels().dense_backward_rows, p, query_tasks(p));
-    run(kernels().dense_backward_keys, p, key_tasks(p));
+    if (whole_heads) {
+      run(kernels().dense_backward, p, slice_tasks(p.batch, p.kv_heads));
+    } else {
+      run(kernels().dense_backward_rows, p, query_tasks(p));
+      run(kernels().dense_backward_keys, p, key_tasks(p));
+    }
     if (bias_grad) {
       std::vector<Task> tasks;
       // Rows share nothing unless the mask is broadcast over them.
@@ -411,8 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
     call.use_lists(indices);
     std::optional<CrossLists> cross;
     if (axis == 1) cross.emplace(call);
-    // One pass keeps the pairs in cache and out of memory, if there are enough heads to share among the threads.
-    if (!bias_grad && p.batch * p.kv_heads >= thread_count()) {
+    if (!bias_grad && whole_heads) {
       run(kernels().selected_backward, p, slice_tasks(p.batch, p.kv_heads));
     } else {
       const int64_t per_head = call.list_rows() * p.topk;
