@@ -109,9 +109,7 @@ class RowSelector {
       const float* panel = panels.panel(first / kPanel + p);
       for (int64_t t = 0; t < tiles; ++t) {
         Vec acc[kTileRows][kTileVecs];
-        tile_zero(acc);
-        tile_product<kPairs>(panels.steps, left_ + t * kTileRows * panels.row_words, panels.row_words, 1, panel, kPanel,
-                             acc);
+        tile_scores<kPairs>(panels.steps, left_ + t * kTileRows * panels.row_words, panels.row_words, panel, acc);
 #pragma GCC unroll 16
         for (int r = 0; r < kTileRows; ++r) {
           const int64_t row = t * kTileRows + r;

@@ -58,4 +58,27 @@ HIVILT_INLINE void tile_store(float* c, int64_t c_row, const Vec (&acc)[kTileRow
   }
 }
 
+// A score: the chain over k is cut into links of kLink, summed in order. Rounding errors grow with the length of a
+// chain, and an error of a score is an error of a probability, so shorter chains are worth the extra additions.
+constexpr int64_t kLink = 16;
+
+template <bool kPairs>
+HIVILT_INLINE void tile_scores(int64_t steps, const float* a, int64_t a_row, const float* b,
+                               Vec (&acc)[kTileRows][kTileVecs]) {
+  tile_zero(acc);
+  tile_product<kPairs>(smaller(steps, kLink), a, a_row, 1, b, kPanel, acc);
+  if (steps <= kLink) return;
+  alignas(64) float total[kTileRows * kPanel];
+  for (int64_t k = kLink; k < steps; k += kLink) {
+    tile_store(total, kPanel, acc);
+    tile_zero(acc);
+    tile_product<kPairs>(smaller(steps - k, kLink), a + k, a_row, 1, b + k * kPanel, kPanel, acc);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVecs; ++v) acc[r][v] = add(load(total + r * kPanel + v * kLanes), acc[r][v]);
+    }
+  }
+}
+
 }  // namespace hivilt::HIVILT_ISA
