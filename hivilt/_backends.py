@@ -6,6 +6,7 @@ An explicit request (argument, then ``use_backend``, then HIVILT_BACKEND) runs o
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import warnings
@@ -38,10 +39,12 @@ class Operation:
         self.public = public
         self.rows = {row.name: row for row in rows}
         # The rows that auto asks about a tensor of a device; the others would only repeat that it is another device.
-        self.ladder = {
-            "cpu": [self.rows[name] for name in ("cpu", "reference")],
-            "cuda": [self.rows[name] for name in ("cuda", "triton", "reference")],
-        }
+        self.on_cpu = [self.rows[name] for name in ("cpu", "reference")]
+        self.on_cuda = [self.rows[name] for name in ("cuda", "triton", "reference")]
+        self.elsewhere = [self.rows["reference"]]
+
+    def ladder(self, x: Any) -> list[Row]:
+        return self.on_cpu if x.is_cpu else self.on_cuda if x.is_cuda else self.elsewhere
 
 
 class _Thread(threading.local):
@@ -51,7 +54,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _said: set[tuple[str, str]] = set()
-_explainers: dict[str, tuple[Operation, Callable]] = {}
+_explainers: dict[str, tuple[Operation, inspect.Signature, Callable]] = {}
 
 
 def check_name(name: str | None, argument: str = "backend") -> None:
@@ -89,16 +92,16 @@ def last_backend() -> str | None:
 
 def policy(asked: str | None) -> str:
     """What is in force: the argument, else the innermost ``use_backend``, else HIVILT_BACKEND, else "auto"."""
-    if asked:
-        return asked
-    return _thread.asked[-1] if _thread.asked else _settings.backend()
+    return asked or (_thread.asked[-1] if _thread.asked else _settings.backend())
 
 
 def choose(operation: Operation, asked: str | None, args: tuple) -> Row:
     """The row that runs these arguments. ``asked`` is a name, "auto", or None / "" for what is in force."""
     name = policy(asked)
     if name == "auto":
-        row = _first_willing(operation, args)
+        row = operation.ladder(args[0])[0]
+        if row.why_not(*args) is not None:
+            row = _second_choice(operation, args)
     else:
         check_name(name)
         row = operation.rows[name]
@@ -111,19 +114,16 @@ def choose(operation: Operation, asked: str | None, args: tuple) -> Row:
     return row
 
 
-def _first_willing(operation: Operation, args: tuple) -> Row:
+def _second_choice(operation: Operation, args: tuple) -> Row:
     reasons = []
-    rows = operation.ladder.get(args[0].device.type)
-    for row in rows if rows is not None else (operation.rows["reference"],):
+    for row in operation.ladder(args[0]):
         reason = row.why_not(*args)
         if reason is None:
-            break
+            if row.name == "reference":
+                _fall_back(operation, "; ".join(reasons))
+            return row
         reasons.append(f"{row.name}: {reason}")
-    else:
-        raise BackendError(f"{operation.public}: no backend can run this call: {'; '.join(reasons)}")
-    if reasons:
-        _fall_back(operation, "; ".join(reasons))
-    return row
+    raise BackendError(f"{operation.public}: no backend can run this call: {'; '.join(reasons)}")
 
 
 def _fall_back(operation: Operation, reasons: str) -> None:
@@ -147,7 +147,7 @@ def _describe(x: Any) -> str:
 
 def explainable(operation: Operation, public: Callable, bind: Callable) -> None:
     """Makes ``explain`` know a public function; ``bind`` turns its arguments into (operator arguments, ...)."""
-    _explainers[public.__name__] = (operation, bind)
+    _explainers[public.__name__] = (operation, inspect.signature(public), bind)
 
 
 def explain(op: Callable | str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
@@ -158,14 +158,13 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> dict[str, str | No
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _explainers:
         raise ValueError(f"explain: op: expected one of {', '.join(sorted(_explainers))}; got {name!r}")
-    operation, bind = _explainers[name]
-    asked = kwargs.pop("backend", None)
-    check_name(asked)
-    bound = bind(*args, **kwargs)[0]
+    operation, signature, bind = _explainers[name]
+    call = signature.bind(*args, **kwargs)
+    asked = call.arguments.get("backend")
+    bound = bind(**call.arguments)[0]
     verdicts = {row: operation.rows[row].why_not(*bound) for row in NAMES}
     wanted = policy(asked)
-    ladder = operation.ladder.get(bound[0].device.type, [operation.rows["reference"]])
-    willing = [row.name for row in ladder if verdicts[row.name] is None]
+    willing = [row.name for row in operation.ladder(bound[0]) if verdicts[row.name] is None]
     runs = (willing or [None])[0] if wanted == "auto" else wanted if verdicts[wanted] is None else None
     print(f"{name}: {_describe(bound[0])}")
     for row, reason in verdicts.items():

@@ -16,7 +16,8 @@ LIBRARY = torch.library.Library("hivilt", "FRAGMENT")
 # Which instruction set the C++ library chose; implemented there, for any device.
 LIBRARY.define("isa() -> str")
 
-_load_failure: str | None = None
+loaded = False  # the C++ library is there
+_load_failure: str | None = "hivilt.ops was not imported"
 
 
 def define(
@@ -52,14 +53,14 @@ def define(
 
 def load() -> None:
     """Loads the C++ library that implements the ``*_cpu`` operators; a failure is remembered, never raised."""
-    global _load_failure
+    global loaded, _load_failure
     path = next(iter(sorted(FOLDER.glob("_cpu*.so"))), None)
     if path is None:
         _load_failure = f"the C++ library is not built ({_why_not_built()})"
         return
     try:
         torch.ops.load_library(str(path))
-        _load_failure = None
+        loaded, _load_failure = True, None
     except (OSError, RuntimeError) as error:
         _load_failure = f"the C++ library {path.name} does not load: {str(error).splitlines()[0]}"
 

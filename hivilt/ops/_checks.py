@@ -60,6 +60,19 @@ def check_tensor(op: str, name: str, x: Any, rank: int, form: str, like: Tensor 
 
 def check_qkv(op: str, query: Any, key: Any, value: Any) -> tuple[int, int, int, int, int]:
     """(B, H, Q, N, D) of [B, H, Q, D], [B, G, N, D], [B, G, N, E]; ``value`` may be ``key`` itself to be left out."""
+    try:  # everything at once for the common case; the lines below say what is wrong
+        B, H, Q, D = query.shape
+        b, G, N, d = key.shape
+        batch, groups, tokens, _ = value.shape
+        dtype, device = query.dtype, query.device
+        if (
+            b == B == batch and d == D and G == groups and N == tokens and (G == H or (G != 0 and H % G == 0))
+            and dtype in FLOATS and key.dtype == dtype == value.dtype and key.device == device == value.device
+            and query.layout is key.layout is value.layout is torch.strided
+        ):  # fmt: skip
+            return B, H, Q, N, D
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        pass
     check_tensor(op, "query", query, 4, "(B, H, Q, D)")
     check_tensor(op, "key", key, 4, "(B, G, N, D)", query)
     B, H, Q, D = query.shape
@@ -145,7 +158,8 @@ def check_mask(op: str, mask: Any, query: Tensor, keys: int, shared: bool) -> Te
     full = (B, H, Q, keys)
     if mask.dim() > 4 or any(n != 1 and n != m for n, m in zip(mask.shape[::-1], full[::-1])):  # noqa: B905
         refuse(ValueError, op, "attn_mask", f"a shape that broadcasts to (B, H, Q, N) = {full}", mask)
-    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dim() < 4:
+        mask = mask[(None,) * (4 - mask.dim())]
     if shared and mask.shape[1] != 1:
         refuse(ValueError, op, "attn_mask", "no head axis (or one of size 1) beside select_query", mask)
     if mask.is_floating_point() and dtype == torch.float64:

@@ -12,6 +12,7 @@ from ._topk_attention_rows import BACKWARD, SELECTED_ATTENTION, TOPK_ATTENTION
 
 _INT32_MAX = 2**31 - 1
 _PLAIN = (Tensor, torch.nn.Parameter)
+_compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -19,11 +20,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 def eager(x: Tensor) -> bool:
     """True where nothing traces or transforms: then a row is called directly, with one operator boundary in all."""
     return (
-        type(x) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not _functorch_active()
-        and not _dispatch_modes()
-        and x.device.type != "meta"
+        not _compiling() and type(x) in _PLAIN and not _functorch_active() and not _dispatch_modes() and not x.is_meta
     )
 
 

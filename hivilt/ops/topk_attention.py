@@ -33,6 +33,8 @@ from ._checks import (
 from ._topk_attention_autograd import SelectedAttention, TopkAttention, _functorch_active, eager, run
 from ._topk_attention_rows import SELECTED_ATTENTION, TOPK_ATTENTION, TOPK_SELECT
 
+_autocast_anywhere = torch._C._is_any_autocast_enabled
+
 
 def topk_attention(
     query: Tensor,
@@ -81,18 +83,13 @@ def topk_attention(
     Cost: 2 B H (Q N D + kept pairs E) flops; memory beside the results: O(B H Q topk), for the indices.
     Gradients reach query, key, value and a float attn_mask; second derivatives raise.
     """
-    args, width = _bind_topk_attention(
-        query, key, value, topk, axis=axis, attn_mask=attn_mask, key_mask=key_mask, query_mask=query_mask,
-        select_query=select_query, select_key=select_key, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
-        return_indices=return_indices, backend=backend,
-    )  # fmt: skip
+    args, width = _bind_topk_attention(query, key, value, topk, axis, attn_mask, key_mask, query_mask, select_query,
+                                       select_key, scale, dropout_p, return_lse, return_indices, backend)  # fmt: skip
     out, lse, indices = _forward(args, backend)
-    if not return_lse and not return_indices:
-        return out
     if return_indices:
         indices = _pad(indices, width, args)
         return (out, lse, indices) if return_lse else (out, indices)
-    return out, lse
+    return (out, lse) if return_lse else out
 
 
 def topk_attention_varlen(
@@ -128,9 +125,8 @@ def topk_attention_varlen(
         Indices count from the start of their segment.
     """
     args, width = _bind_topk_attention_varlen(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, topk, axis=axis,
-        select_query=select_query, select_key=select_key, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
-        return_indices=return_indices, backend=backend,
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, topk, axis, select_query, select_key,
+        scale, dropout_p, return_lse, return_indices, backend,
     )  # fmt: skip
     out, lse, indices = _forward(args, backend)
     result = [out[0].transpose(0, 1)]
@@ -161,10 +157,8 @@ def topk_select(
         int32 [B, H, Q, topk] (axis="queries": [B, H, N, topk]; shared selection: H = 1), ascending, padded with -1.
         No gradient passes.  Never in memory: the scores.
     """
-    args, width = _bind_topk_select(
-        query, key, topk, axis=axis, attn_mask=attn_mask, key_mask=key_mask, query_mask=query_mask,
-        select_query=select_query, select_key=select_key, scale=scale, backend=backend,
-    )  # fmt: skip
+    args, width = _bind_topk_select(query, key, topk, axis, attn_mask, key_mask, query_mask, select_query, select_key,
+                                    scale, backend)  # fmt: skip
     indices = run(TOPK_SELECT, backend, args) if args[2] > 0 else query.new_empty(0)  # 0: nothing to select from
     return _pad(indices, width, (args[0], args[1], None, *args[2:]))
 
@@ -195,10 +189,8 @@ def selected_attention(
     Raises:
         ValueError: also for an index outside -1..N-1 (axis="queries": -1..Q-1) and for one listed twice in a row.
     """
-    args, _ = _bind_selected_attention(
-        query, key, value, indices, axis=axis, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse, backend=backend,
-    )  # fmt: skip
+    args, _ = _bind_selected_attention(query, key, value, indices, axis, attn_mask, scale, dropout_p, return_lse,
+                                       backend)  # fmt: skip
     if not _records(args[0], args[1], args[2], args[5]):
         out, lse = run(SELECTED_ATTENTION, backend, args)
     elif eager(args[0]):
@@ -212,29 +204,39 @@ def selected_attention(
 # From public arguments to those of an operator. Each returns (operator arguments, width of the indices asked for).
 
 
-def _bind_topk_attention(query, key, value, topk=None, *, axis="keys", attn_mask=None, key_mask=None, query_mask=None,
+def _bind_topk_attention(query, key, value, topk=None, axis="keys", attn_mask=None, key_mask=None, query_mask=None,
                          select_query=None, select_key=None, scale=None, dropout_p=0.0, return_lse=False,
                          return_indices=False, backend=None):  # fmt: skip
     op = "topk_attention"
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    if _autocast_anywhere():
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     B, H, Q, N, D = check_qkv(op, query, key, value)
-    attn_mask = _check_selection(op, query, N, attn_mask, key_mask, query_mask, select_query, select_key, (B,), Q)
+    if not (attn_mask is key_mask is query_mask is select_query is select_key is None):
+        attn_mask = _check_selection(op, query, N, attn_mask, key_mask, query_mask, select_query, select_key, (B,), Q)
     axis = 0 if axis == "keys" else check_axis(op, axis)
-    width = _check_returns(op, topk, return_lse, return_indices)
-    kept, width = _clamp(op, width, N if axis == 0 else Q, return_indices, B * H, Q if axis == 0 else N)
-    scale, dropout_p = _check_scale(op, scale, D), _check_dropout(op, dropout_p)
+    kept = width = -1
+    if topk is not None or return_indices is not False:
+        width = _check_width(op, topk, return_indices)
+        kept = _clamp(op, width, N if axis == 0 else Q, return_indices, B * H, Q if axis == 0 else N)
+    if return_lse is not False:
+        check_flag(op, "return_lse", return_lse)
+    scale = default_scale(D) if scale is None else check_number(op, "scale", scale)
+    seed = None
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        dropout_p = check_number(op, "dropout_p", dropout_p, 0.0, 1.0)
+        seed = draw_seed(query) if dropout_p > 0.0 else None
     if backend is not None:
         _backends.check_name(backend, f"{op}: backend")
-    seed = None if dropout_p == 0.0 else draw_seed(query)
     return (query, key, value, kept, axis, attn_mask, key_mask, query_mask, select_query, select_key, None, None, seed,
             scale, dropout_p), width  # fmt: skip
 
 
-def _bind_topk_attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, topk=None, *,
+def _bind_topk_attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, topk=None,
                                 axis="keys", select_query=None, select_key=None, scale=None, dropout_p=0.0,
                                 return_lse=False, return_indices=False, backend=None):  # fmt: skip
     op = "topk_attention_varlen"
-    query, key, value, _ = _autocast(query, key, value, None)
+    if _autocast_anywhere():
+        query, key, value, _ = _autocast(query, key, value, None)
     check_packed(op, query, key, value)
     Tq, H, D = query.shape
     Tk = key.shape[0]
@@ -251,42 +253,48 @@ def _bind_topk_attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, m
     if select_query is not None or select_key is not None:
         check_selection_source(op, query, select_query, select_key, (), Tq, Tk)
     axis = check_axis(op, axis)
-    width = _check_returns(op, topk, return_lse, return_indices)
-    kept, width = _clamp(op, width, Tk if axis == 0 else Tq, return_indices, H, Tq if axis == 0 else Tk)
-    scale, dropout_p = _check_scale(op, scale, D), _check_dropout(op, dropout_p)
+    width = _check_width(op, topk, return_indices)
+    kept = _clamp(op, width, Tk if axis == 0 else Tq, return_indices, H, Tq if axis == 0 else Tk)
+    check_flag(op, "return_lse", return_lse)
+    scale = default_scale(D) if scale is None else check_number(op, "scale", scale)
+    dropout_p = check_number(op, "dropout_p", dropout_p, 0.0, 1.0)
     _backends.check_name(backend, f"{op}: backend")
-    seed = None if dropout_p == 0.0 else draw_seed(query)
+    seed = draw_seed(query) if dropout_p > 0.0 else None
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     return (query, key, value, kept, axis, None, None, None, select_query, select_key, cu_seqlens_q, cu_seqlens_k, seed,
             scale, dropout_p), width  # fmt: skip
 
 
-def _bind_topk_select(query, key, topk, *, axis="keys", attn_mask=None, key_mask=None, query_mask=None,
+def _bind_topk_select(query, key, topk, axis="keys", attn_mask=None, key_mask=None, query_mask=None,
                       select_query=None, select_key=None, scale=None, backend=None):  # fmt: skip
     op = "topk_select"
-    query, key, _, attn_mask = _autocast(query, key, key, attn_mask)
+    if _autocast_anywhere():
+        query, key, _, attn_mask = _autocast(query, key, key, attn_mask)
     B, H, Q, N, D = check_qkv(op, query, key, key)
     attn_mask = _check_selection(op, query, N, attn_mask, key_mask, query_mask, select_query, select_key, (B,), Q)
     axis = check_axis(op, axis)
-    kept, width = _clamp(op, check_topk(op, topk), N if axis == 0 else Q, True, B * H, Q if axis == 0 else N)
-    scale = _check_scale(op, scale, D)
+    width = check_topk(op, topk)
+    kept = _clamp(op, width, N if axis == 0 else Q, True, B * H, Q if axis == 0 else N)
+    scale = default_scale(D) if scale is None else check_number(op, "scale", scale)
     _backends.check_name(backend, f"{op}: backend")
     return (query, key, kept, axis, attn_mask, key_mask, query_mask, select_query, select_key, None, None, scale), width
 
 
-def _bind_selected_attention(query, key, value, indices, *, axis="keys", attn_mask=None, scale=None, dropout_p=0.0,
+def _bind_selected_attention(query, key, value, indices, axis="keys", attn_mask=None, scale=None, dropout_p=0.0,
                              return_lse=False, backend=None):  # fmt: skip
     op = "selected_attention"
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    if _autocast_anywhere():
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _, _, Q, N, D = check_qkv(op, query, key, value)
     axis = check_axis(op, axis)
     indices = check_indices(op, indices, query, Q if axis == 0 else N)
     if attn_mask is not None:
         attn_mask = check_mask(op, attn_mask, query, N, False)
     check_flag(op, "return_lse", return_lse)
-    scale, dropout_p = _check_scale(op, scale, D), _check_dropout(op, dropout_p)
+    scale = default_scale(D) if scale is None else check_number(op, "scale", scale)
+    dropout_p = check_number(op, "dropout_p", dropout_p, 0.0, 1.0)
     _backends.check_name(backend, f"{op}: backend")
-    seed = None if dropout_p == 0.0 else draw_seed(query)
+    seed = draw_seed(query) if dropout_p > 0.0 else None
     return (query, key, value, indices, axis, attn_mask, None, None, seed, scale, dropout_p), None
 
 
@@ -295,7 +303,7 @@ def _autocast(query: Any, key: Any, value: Any, attn_mask: Any):
     another half type follows them.  The selection source is left as given."""
     if not isinstance(query, Tensor):
         return query, key, value, attn_mask
-    device = query.device.type
+    device = "cpu" if query.is_cpu else query.device.type
     if (device != "cpu" and not torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
         return query, key, value, attn_mask
     dtype = torch.get_autocast_dtype(device)
@@ -324,29 +332,25 @@ def _check_selection(op, query, keys, attn_mask, key_mask, query_mask, select_qu
     return attn_mask
 
 
-def _check_returns(op: str, topk: Any, return_lse: Any, return_indices: Any) -> int | None:
-    if return_lse is not False:
-        check_flag(op, "return_lse", return_lse)
-    if return_indices is not False:
-        check_flag(op, "return_indices", return_indices)
+def _check_width(op: str, topk: Any, return_indices: Any) -> int:
+    """The checked topk; -1 for None."""
+    check_flag(op, "return_indices", return_indices)
     if topk is not None:
         return check_topk(op, topk)
     if return_indices:
         refuse(ValueError, op, "topk", "an int, because return_indices=True", None)
-    return None
+    return -1
 
 
-def _clamp(op: str, topk: int | None, most: int, wants_indices: bool, slices: int, rows: int) -> tuple[int, int | None]:
-    """What the operator is told (-1: dense) and the width of the indices that the caller gets."""
-    if topk is None:
-        return -1, None
+def _clamp(op: str, topk: int, most: int, wants_indices: bool, slices: int, rows: int) -> int:
+    """What the operator is told; -1 is dense, which is what a large topk means unless someone wants the indices."""
     if topk < most:
-        return topk, topk
+        return topk
     if not wants_indices:
-        return -1, topk
+        return -1
     if topk > most and max(1, slices * rows) * topk > 2**31 - 1:
         refuse(ValueError, op, "topk", f"fewer than 2^31 indices in all, at most {most} a row are not -1", topk)
-    return (most if most > 0 else -1), topk
+    return most if most > 0 else -1
 
 
 def _pad(indices: Tensor, width: int, args: tuple) -> Tensor:
@@ -360,16 +364,9 @@ def _pad(indices: Tensor, width: int, args: tuple) -> Tensor:
     return query.new_full((query.shape[0], heads, rows, width), -1, dtype=torch.int32)
 
 
-def _check_scale(op: str, scale: Any, width: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(width) if width else 1.0
-    return check_number(op, "scale", scale)
-
-
-def _check_dropout(op: str, dropout_p: Any) -> float:
-    if type(dropout_p) is float and dropout_p == 0.0:
-        return dropout_p
-    return check_number(op, "dropout_p", dropout_p, 0.0, 1.0)
+def default_scale(width: int) -> float:
+    """1 / sqrt(D); vectors without entries have scores of 0 whatever the scale."""
+    return 1.0 / math.sqrt(width) if width else 1.0
 
 
 def draw_seed(query: Tensor) -> Tensor:
