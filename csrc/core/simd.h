@@ -49,7 +49,7 @@ HIVILT_INLINE void sum8_halves(const __m256 (&a)[8], float* out) {
 #endif
 
 #if defined(HIVILT_SIMD_AVX512)
-// ---------------------------------------------------------------- 16 lanes, 32 registers
+// 16 lanes, 32 registers
 using Vec = __m512;
 constexpr int kLanes = 16;
 constexpr int kTileRows = 12;  // 12 x 2 accumulators + 2 operands + 1 broadcast of 32 registers
@@ -185,7 +185,7 @@ constexpr bool kBf16Dot = false;
 #endif
 
 #elif defined(HIVILT_SIMD_AVX2)
-// ---------------------------------------------------------------- 8 lanes, 16 registers
+// 8 lanes, 16 registers
 using Vec = __m256;
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators + 2 operands + 1 broadcast of 16 registers
@@ -319,7 +319,7 @@ HIVILT_INLINE void prefetch(const void* p) {
 }
 
 #else
-// ---------------------------------------------------------------- portable: any compiler target, 16 lanes as AVX-512
+// Portable: any compiler target, 16 lanes as AVX-512
 struct Vec {
   float lane[16];
 };

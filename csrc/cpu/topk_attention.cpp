@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// ---------------------------------------------------------------- describing the call
+// Describing the call.
 
 Operand operand(Tensor& x, bool packed) {
   // Kernels read rows of adjacent elements; any other stride is free.
@@ -229,7 +229,7 @@ struct Call {
   }
 };
 
-// ---------------------------------------------------------------- running it
+// Running it.
 
 // Rows [0, n(b)) of every (b, h), cut so that each thread has a few pieces. Results do not depend on the cut.
 template <class Rows>
