@@ -62,6 +62,7 @@ py::list cpu_features() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Build information and CPU features of hivilt.";
-  module.def("build_info", &build_info, "What this build holds: version, torch target, compiler, isas, flags, cuda_archs.");
+  module.def("build_info", &build_info,
+             "What this build holds: version, torch target, compiler, isas, flags, cuda_archs.");
   module.def("cpu_features", &cpu_features, "Instruction set extensions of this CPU that the kernels know, by name.");
 }
