@@ -373,8 +373,8 @@ def kernel_exists(device: str, dtype: torch.dtype, width: int) -> bool:
         return True
     x = torch.empty((0, 1, 1, width), dtype=dtype, device=device)
     operator = (x, x, x, -1, 0, *(None,) * 8, 1.0, 0.0)
-    rows = TOPK_ATTENTION.ladder.get(device, ())
-    return any(row.why_not(*operator) is None for row in rows if row.name != "reference")
+    rows = (row for name, row in TOPK_ATTENTION.rows.items() if name != "reference")
+    return any(row.why_not(*operator) is None for row in rows)
 
 
 def dense_attention(
