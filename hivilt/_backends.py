@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from . import _settings
 
 VERSION = "0.1.0"
@@ -68,7 +70,7 @@ def check_name(name: str | None, argument: str = "backend") -> None:
 class use_backend:
     """``with hivilt.use_backend("cpu"):`` asks for a backend in this thread; nests; "auto" undoes an outer one.
 
-    Obeyed at run time, so it also works around a compiled function.
+    Obeyed at run time, so it works around a compiled function; inside one, ``backend=`` does.
     """
 
     def __init__(self, name: str):
@@ -78,6 +80,8 @@ class use_backend:
         self.name = name
 
     def __enter__(self) -> use_backend:
+        if torch.compiler.is_compiling():  # a trace would enter it once, while tracing, and forget it
+            raise RuntimeError("use_backend: put it around the compiled function, or pass backend= inside")
         _thread.asked = (*_thread.asked, self.name)
         return self
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _backends
 from ._checks import (
@@ -375,7 +376,9 @@ def draw_seed(query: Tensor) -> Tensor:
 
 
 def _records(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether autograd, or a functorch transform that may ask for gradients, has to see the call."""
+    """Whether autograd, or a functorch transform that may ask for derivatives, has to see the call."""
+    if forward_ad._current_level >= 0:  # forward mode: the Function refuses, a bare operator would drop tangents
+        return True
     if not torch.is_grad_enabled():
         return False
     if query.requires_grad or key.requires_grad or value.requires_grad:
