@@ -109,12 +109,13 @@ class Tally:
                 self.zeros.append(float((value == 0).double().mean()))
 
     def assert_no_worse(self, repro: str = "") -> None:
-        """Max error at most 2x eager's (float32) or 1x (half types), RMS error at most 1.1x or 1.0x."""
+        """Max error at most 2x eager's (float32) or 1x (half types); RMS 1.1x or 1x, of float32 gradients 2x."""
         half = self.dtype in (torch.float16, torch.bfloat16)
-        most, rms = (1.0, 1.0) if half else (2.0, 1.1)
+        most = 1.0 if half else 2.0
         zeros = sum(self.zeros) / max(1, len(self.zeros))
         assert self.zeros and zeros < 0.5, f"mistrusted: {zeros:.0%} of the outputs are zero"
         for name, (ours, theirs) in self.worst.items():
             assert ours <= most * theirs, f"{name}: max error {ours:.3f}, eager {theirs:.3f}, allowed {most}x {repro}"
             a, b = (math.sqrt(s / self.count[name]) for s in self.square[name])
+            rms = most if half or name not in ("out", "lse") else 1.1
             assert a <= rms * b, f"{name}: RMS error {a:.4f}, eager {b:.4f}, allowed {rms}x {repro}"

@@ -1,0 +1,209 @@
+"""NaN and infinity, where they are read and where they must not be: forward, all gradients, indices in range."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import hivilt
+import hivilt.testing as t
+
+op, select = hivilt.ops.topk_attention, hivilt.ops.topk_select
+NAN, INF = math.nan, math.inf
+NEGATIVE_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32).item()
+B, H, G, Q, N, D, E = 2, 2, 1, 37, 70, 8, 5
+CALLS = [(None, "keys"), (6, "keys"), (3, "queries"), (500, "queries")]
+
+
+def inputs(device, topk, axis, **changes) -> dict:
+    plain = {
+        "mask": "",
+        "mask_shape": (),
+        "key_mask": False,
+        "query_mask": False,
+        "select": 0,
+        "scale": 1.0,
+        "fill": "normal",
+    }
+    return t.case(3, torch.float32, shape=(B, H, G, Q, N, D, E), topk=topk, axis=axis, **plain | changes).inputs(device)
+
+
+def run(x: dict, backend: str, upstream: torch.Tensor | None = None) -> dict:
+    """Everything a call returns, gradients for an upstream gradient of ones included."""
+    x = {n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in x.items()}
+    leaves = {n: x[n].requires_grad_() for n in ("query", "key", "value")}
+    out, lse, *rest = op(**x, return_lse=True, return_indices=x["topk"] is not None, backend=backend)
+    upstream = torch.ones_like(out) if upstream is None else upstream
+    grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+    got = {"out": out.detach(), "lse": lse.detach()} | {f"grad {n}": g for n, g in zip(leaves, grads, strict=True)}
+    if rest:
+        width = N if x["axis"] == "keys" else Q
+        assert ((rest[0] >= -1) & (rest[0] < width)).all(), "wild index"
+        got["indices"] = rest[0]
+    return got
+
+
+@pytest.mark.parametrize("topk, axis", CALLS)
+@pytest.mark.parametrize("bad", [NAN, NEGATIVE_NAN, INF], ids=["nan", "-nan", "inf"])
+def test_bad_query_ruins_its_own_row_only(where, topk, axis, bad):
+    backend, device = where
+    x = inputs(device, topk, axis)
+    masked = torch.ones(B, Q, dtype=torch.bool, device=device)
+    masked[0, 11] = False
+    clean = run(x | {"query_mask": masked}, backend)
+    x["query"][0, 1, 11] = bad if math.isnan(bad) else 0.0
+    x["query"][0, 1, 11, 2] = bad
+    got = run(x, backend)
+    assert got["out"][0, 1, 11].isnan().all() and got["lse"][0, 1, 11].isnan()
+    rest = torch.ones(B, H, Q, dtype=torch.bool, device=device)
+    rest[0, :, 11] = False
+    if axis == "keys" or topk is None or topk >= Q:
+        # the other rows see the same set, so not one bit of them moves
+        for name in ("out", "lse", "grad query"):
+            assert torch.equal(got[name][rest], clean[name][rest]), name
+    else:
+        assert got["out"][rest].isfinite().all() and got["grad query"][rest].isfinite().all()
+    if topk == 6:  # keys that the bad row did not keep get their usual gradients
+        untouched = torch.ones(N, dtype=torch.bool)
+        for h in range(H):
+            untouched[got["indices"][0, h, 11].long().cpu()] = False
+        for name in ("grad key", "grad value"):
+            assert torch.equal(got[name][0, 0, untouched], clean[name][0, 0, untouched]), name
+    assert got["grad key"][1].isfinite().all() and got["grad value"][1].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [NAN, NEGATIVE_NAN])
+def test_nan_query_never_displaces_another(where, bad):
+    """axis="queries": NaN ranks below every number, so it takes a slot only where slots remain."""
+    backend, device = where
+    for topk in (1, 5, Q - 1, Q):
+        x = inputs(device, topk, "queries")
+        x["query"][1, 0, 4] = bad
+        got = run(x, backend)
+        kept = t.pairs_from_indices(got["indices"], Q, N, H, "queries")
+        assert kept[1, 0, 4].any() == (topk == Q)
+        t.assert_topk(got["indices"], x["query"], x["key"], topk, axis="queries", scale=1.0)
+        rest = torch.ones(B, H, Q, dtype=torch.bool, device=device)
+        rest[1, 0, 4] = False
+        assert got["out"][1, 0, 4].isnan().all() and got["out"][rest].isfinite().all()
+
+
+@pytest.mark.parametrize("topk, axis", CALLS)
+@pytest.mark.parametrize("bad", [NAN, NEGATIVE_NAN], ids=["nan", "-nan"])
+def test_nan_key_ruins_every_row_that_may_see_it(where, topk, axis, bad):
+    backend, device = where
+    x = inputs(device, topk, axis)
+    x["key"][0, 0, 40, 3] = bad
+    sees = torch.rand(Q, generator=torch.Generator().manual_seed(1)).to(device) < 0.5
+    mask = torch.ones(Q, N, dtype=torch.bool, device=device)
+    mask[:, 40] = sees
+    got = run(x | {"attn_mask": mask}, backend)
+    assert got["out"][0][:, sees].isnan().all() and got["lse"][0][:, sees].isnan().all()
+    x["key"][0, 0, 40, 3] = 0.25
+    clean = run(x | {"attn_mask": mask}, backend)
+    for name in ("out", "lse", "grad query"):
+        assert torch.equal(got[name][0][:, ~sees], clean[name][0][:, ~sees]), name
+        assert torch.equal(got[name][1], clean[name][1]), name
+    assert got["grad key"][1].isfinite().all() and got["grad value"][1].isfinite().all()
+
+
+@pytest.mark.parametrize("topk, axis", CALLS)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+def test_bad_value_reaches_only_who_keeps_it(where, topk, axis, bad):
+    backend, device = where
+    x = inputs(device, topk, axis)
+    clean = run(x, backend)
+    x["value"][0, 0, 33, 2] = bad
+    got = run(x, backend)
+    kept = torch.ones(B, H, Q, N, dtype=torch.bool, device=device)
+    if topk is not None:
+        assert torch.equal(got["indices"], clean["indices"])
+        kept = t.pairs_from_indices(got["indices"], Q, N, H, axis)
+    hit = torch.zeros(B, H, Q, E, dtype=torch.bool, device=device)
+    hit[0, :, :, 2] = kept[0, :, :, 33]
+    assert hit.any()
+    if math.isnan(bad):
+        assert got["out"][hit].isnan().all()
+    else:
+        assert (got["out"][hit] == bad).all()
+    assert torch.equal(got["out"][~hit], clean["out"][~hit]) and torch.equal(got["lse"], clean["lse"])
+    rows = ~hit.any(-1)
+    assert torch.equal(got["grad query"][rows], clean["grad query"][rows])
+    assert torch.equal(got["grad value"], clean["grad value"])
+    lonely = ~(kept & hit.any(-1)[..., None]).any(1).any(1)  # keys that no touched row keeps
+    assert torch.equal(got["grad key"][:, 0][lonely], clean["grad key"][:, 0][lonely])
+
+
+@pytest.mark.parametrize("topk, axis", CALLS)
+def test_infinite_scores(where, topk, axis):
+    """+inf makes the row NaN as in softmax; -inf takes no part."""
+    backend, device = where
+    x = inputs(device, topk, axis)
+    bias = torch.zeros(Q, N, device=device)
+    bias[5, 60] = INF
+    bias[7, 1:] = -INF
+    bias[8] = -INF
+    got = run(x | {"attn_mask": bias}, backend)
+    assert got["out"][:, :, 5].isnan().all() and got["lse"][:, :, 5].isnan().all()
+    rest = [i for i in range(Q) if i != 5]
+    assert got["out"][:, :, rest].isfinite().all() and got["grad query"][:, :, rest].isfinite().all()
+    assert not got["out"][:, :, 8].any() and (got["lse"][:, :, 8] == -INF).all()
+    if axis == "keys":
+        torch.testing.assert_close(got["out"][:, :, 7], x["value"][:, :, 0].expand(B, H, E))
+    overflow = x | {"query": x["query"] * 1e30, "key": x["key"] * 1e30}
+    got = run(overflow, backend)
+    scores = (overflow["query"].double() @ overflow["key"].double().mT).float()
+    lost = (scores == INF).any(-1)
+    assert lost.all() and got["out"].isnan().all() and got["lse"].isnan().all()
+
+
+@pytest.mark.parametrize("topk, axis", CALLS)
+@pytest.mark.parametrize("bad", [(NAN,), (INF,), (-INF,), (NAN, INF, -INF, 3e38)], ids=str)
+def test_masked_poison_changes_no_bit(where, topk, axis, bad):
+    """Masked keys, masked values, masked queries and idle rows of both selections may hold anything."""
+    backend, device = where
+    for used in itertools.product((False, True), repeat=3):
+        masks = {
+            "key_mask": used[0],
+            "query_mask": used[1],
+            "mask": "bool",
+            "mask_shape": (B, 1, Q if used[2] else 1, N),
+        }
+        for shared in (0, 4):
+            x = inputs(device, topk, axis, select=shared, **masks)
+            poisoned = t.poison(x, bad)
+            upstream = torch.randn(B, H, Q, E, device=device)
+            clean = run(x, backend, upstream)
+            if used[1]:
+                upstream = torch.where(x["query_mask"][:, None, :, None], upstream, bad[0])
+            got = run(poisoned, backend, upstream)
+            for name, value in clean.items():
+                assert torch.equal(value, got[name]), name
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_everything_nan_does_not_hang(where, axis):
+    backend, device = where
+    x = inputs(device, 6, axis)
+    for name, bad in itertools.product(("query", "key", "value"), (NAN, NEGATIVE_NAN, INF, -INF)):
+        got = run(x | {name: torch.full_like(x[name], bad)}, backend)
+        assert not got["out"].isfinite().any() or axis == "queries"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extreme_but_finite(where, dtype):
+    """Numbers near the largest and the smallest of the dtype as values and scores: finite in, finite out.
+
+    Dense attention, like SDPA, may add up to the row's kept count of values before it divides.
+    """
+    backend, device = where
+    info = torch.finfo(dtype)
+    x = {n: v.to(dtype) if isinstance(v, torch.Tensor) else v for n, v in inputs(device, 4, "keys").items()}
+    tiny = x | {"query": x["query"] * info.tiny, "key": x["key"] * info.tiny}
+    got = run(tiny, backend)
+    assert got["out"].isfinite().all()
+    value = torch.full_like(x["value"], info.max / 4)
+    torch.testing.assert_close(op(**x | {"value": value}, backend=backend)[0, 0], value[0, 0, :Q], rtol=1e-2, atol=0)
+    smallest = torch.full_like(x["value"], info.tiny * info.eps)
+    assert torch.equal(op(**x | {"value": smallest, "topk": 1}, backend=backend), smallest[:, :, :1].expand(B, H, Q, E))
