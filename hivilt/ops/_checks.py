@@ -180,8 +180,8 @@ def check_token_mask(op: str, name: str, mask: Any, query: Tensor, tokens: int, 
 
 def check_selection_source(
     op: str, query: Tensor, select_query: Any, select_key: Any, batch: tuple[int, ...], queries: int, keys: int
-) -> None:
-    """select_query [*batch, Q, C] and select_key [*batch, N, C], both or neither."""
+) -> tuple[Tensor, Tensor]:
+    """select_query [*batch, Q, C] and select_key [*batch, N, C], detached: to autograd the selection is a constant."""
     if select_query is None or select_key is None:
         missing, given = ("select_query", "select_key") if select_query is None else ("select_key", "select_query")
         refuse(ValueError, op, missing, f"a tensor, because {given} is given", None)
@@ -199,6 +199,7 @@ def check_selection_source(
             refuse(TypeError, op, name, f"select_query's dtype {str(select_query.dtype)[6:]}", x)
         if tuple(x.shape) != (*batch, tokens, C):
             refuse(ValueError, op, name, f"shape {(*batch, tokens, C)}", x)
+    return select_query.detach(), select_key.detach()
 
 
 def check_indices(op: str, indices: Any, query: Tensor, rows: int) -> Tensor:

@@ -213,7 +213,9 @@ def _bind_topk_attention(query, key, value, topk=None, axis="keys", attn_mask=No
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     B, H, Q, N, D = check_qkv(op, query, key, value)
     if not (attn_mask is key_mask is query_mask is select_query is select_key is None):
-        attn_mask = _check_selection(op, query, N, attn_mask, key_mask, query_mask, select_query, select_key, (B,), Q)
+        attn_mask, select_query, select_key = _check_choice(
+            op, query, N, attn_mask, key_mask, query_mask, select_query, select_key
+        )
     axis = 0 if axis == "keys" else check_axis(op, axis)
     kept = width = -1
     if topk is not None or return_indices is not False:
@@ -252,7 +254,7 @@ def _bind_topk_attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, m
         check_offsets(op, "cu_seqlens_q", cu_seqlens_q, Tq, max_seqlen_q)
         check_offsets(op, "cu_seqlens_k", cu_seqlens_k, Tk, max_seqlen_k)
     if select_query is not None or select_key is not None:
-        check_selection_source(op, query, select_query, select_key, (), Tq, Tk)
+        select_query, select_key = check_selection_source(op, query, select_query, select_key, (), Tq, Tk)
     axis = check_axis(op, axis)
     width = _check_width(op, topk, return_indices)
     kept = _clamp(op, width, Tk if axis == 0 else Tq, return_indices, H, Tq if axis == 0 else Tk)
@@ -272,7 +274,9 @@ def _bind_topk_select(query, key, topk, axis="keys", attn_mask=None, key_mask=No
     if _autocast_anywhere():
         query, key, _, attn_mask = _autocast(query, key, key, attn_mask)
     B, H, Q, N, D = check_qkv(op, query, key, key)
-    attn_mask = _check_selection(op, query, N, attn_mask, key_mask, query_mask, select_query, select_key, (B,), Q)
+    attn_mask, select_query, select_key = _check_choice(
+        op, query, N, attn_mask, key_mask, query_mask, select_query, select_key
+    )
     axis = check_axis(op, axis)
     width = check_topk(op, topk)
     kept = _clamp(op, width, N if axis == 0 else Q, True, B * H, Q if axis == 0 else N)
@@ -320,17 +324,18 @@ def _autocast(query: Any, key: Any, value: Any, attn_mask: Any):
     return query, key, value, attn_mask
 
 
-def _check_selection(op, query, keys, attn_mask, key_mask, query_mask, select_query, select_key, batch, queries):
-    """attn_mask in four dimensions, or None; the rest only checked."""
+def _check_choice(op, query, keys, attn_mask, key_mask, query_mask, select_query, select_key):
+    """attn_mask in four dimensions and the selection source without its graph, each None where it is not given."""
+    batch, _, queries, _ = query.shape
     if select_query is not None or select_key is not None:
-        check_selection_source(op, query, select_query, select_key, batch, queries, keys)
+        select_query, select_key = check_selection_source(op, query, select_query, select_key, (batch,), queries, keys)
     if attn_mask is not None:
         attn_mask = check_mask(op, attn_mask, query, keys, select_query is not None)
     if key_mask is not None:
         check_token_mask(op, "key_mask", key_mask, query, keys, "(B, N)")
     if query_mask is not None:
         check_token_mask(op, "query_mask", query_mask, query, queries, "(B, Q)")
-    return attn_mask
+    return attn_mask, select_query, select_key
 
 
 def _check_width(op: str, topk: Any, return_indices: Any) -> int:
