@@ -42,28 +42,20 @@ def test_info_prints_every_part():
     assert any(line.split()[:2] == ["hivilt", hivilt.__version__] for line in lines)
     assert any(line.split()[:4] == ["reference", "on", "cpu", "available"] for line in lines)
     assert any(line.startswith("  cuda on cpu") and "no: " in line for line in lines)
+    both = [name for name in info.build_record().get("isas", []) if name in info.isas_supported()]
+    assert any(line.startswith(f"  isa in use         {both[-1] if both else 'none'}") for line in lines)
 
 
-def test_info_shows_variables_in_force():
-    done = run_info(HIVILT_BACKEND="reference", HIVILT_LOG="dispatch")
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_info_shows_variables_in_force(isa):
+    if isa not in info.build_record().get("isas", []) or isa not in info.isas_supported():
+        pytest.skip(f"{isa} was not built or this CPU lacks it")
+    done = run_info(HIVILT_ISA=isa, HIVILT_BACKEND="reference", HIVILT_LOG="dispatch")
+    assert f"  isa in use         {isa}\n" in done.stdout, done.stderr
     shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  HIVILT_"))
     assert shown["HIVILT_BACKEND"] == "reference"
     assert shown["HIVILT_LOG"] == "dispatch"
     assert shown["HIVILT_STRICT"] == "not set"
-
-
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
-def test_isa_is_capped(isa):
-    if isa not in info.build_record().get("isas", []) or isa not in info.isas_supported():
-        pytest.skip(f"{isa} was not built or this CPU lacks it")
-    done = run_info(HIVILT_ISA=isa)
-    assert f"  isa in use         {isa}\n" in done.stdout, done.stderr
-
-
-def test_isa_in_use_is_the_newest_that_runs(monkeypatch):
-    both = [name for name in info.build_record().get("isas", []) if name in info.isas_supported()]
-    done = run_info()
-    assert f"  isa in use         {both[-1] if both else 'none'}" in done.stdout
 
 
 @pytest.mark.parametrize(
