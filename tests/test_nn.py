@@ -695,3 +695,12 @@ def test_backends_agree(backend):
     with hivilt.use_backend(backend):
         close(ours(*x)[0].double(), expected)
         assert hivilt.last_backend() == backend
+
+
+@pytest.mark.parametrize("topk", [None, 4])
+def test_meta_tensors_have_the_right_shape(topk):
+    module = MultiheadAttention(E, H, batch_first=True, device="meta", topk=topk)
+    query, key = torch.empty(B, L, E, device="meta"), torch.empty(B, S, E, device="meta")
+    out, weights = module(query, key, key, need_weights=True)
+    assert out.shape == (B, L, E) and weights.shape == (B, L, S) and out.is_meta
+    assert module(query, key, key)[0].shape == (B, L, E)

@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         "faster than the line above\n  memory: growth of the process at its peak, beyond model and inputs"
     )
     if not kernels:
-        print("  no kernel is built, everything above ran on the PyTorch reference: python -m hivilt.info says why")
+        print("  all of it ran on the PyTorch reference, there for correctness: python -m hivilt.info says why")
     print(f"\npicture of the patches each word keeps: {path}")
 
 

@@ -6,6 +6,7 @@ inheritance.  Masks keep torch's convention here (True = ignore) and are inverte
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -333,7 +334,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 q, k, v, self.topk, axis=self.axis, return_lse=True, return_indices=True, **call
             )
             kept = pairs(indices, (*q.shape[:3], k.shape[2]), self.axis)
-        with torch.autocast(q.device.type, enabled=False):
+        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):  # meta knows no autocast
             scores = (q.to(lse.dtype) * self.head_dim**-0.5) @ k.to(lse.dtype).mT
             if masks[0] is not None and masks[0].is_floating_point():
                 scores = scores + torch.where(masks[0] == -INF, 0.0, masks[0])
