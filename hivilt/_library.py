@@ -4,11 +4,12 @@ the C++ library.  Every operator is opaque to tracing; schemas stand in Python, 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 FOLDER = Path(__file__).resolve().parent
 LIBRARY = torch.library.Library("hivilt", "FRAGMENT")
@@ -47,8 +48,29 @@ def define(
     if vmap is not None:
         torch.library.register_vmap(f"hivilt::{name}", vmap, lib=LIBRARY)
     if flops is not None:
-        register_flop_formula(packet)(flops)
+        _unregistered_flops[packet] = flops
     return packet.default
+
+
+_unregistered_flops: dict[torch._ops.OpOverloadPacket, Callable] = {}
+
+
+def register_flops() -> None:
+    """Hands the flop formulas to torch.utils.flop_counter once somebody has imported it; it imports Triton, we do not.
+
+    Called where a dispatch mode may be counting; one that is already active took its copy of the registry before.
+    """
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if not _unregistered_flops or counting is None or not hasattr(counting, "register_flop_formula"):
+        return
+    mine = dict(_unregistered_flops)
+    _unregistered_flops.clear()
+    for packet, formula in mine.items():
+        counting.register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if isinstance(registry, dict):
+            registry.update({packet: counting.flop_registry[packet] for packet in mine})
 
 
 def load() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._backends import Operation, choose
+from .._library import register_flops
 from ._topk_attention_rows import BACKWARD, SELECTED_ATTENTION, TOPK_ATTENTION
 
 _INT32_MAX = 2**31 - 1
@@ -28,6 +29,8 @@ def run(operation: Operation, backend: str | None, args: tuple):
     """One operation on its operator arguments; ``backend`` None means what is in force when it runs."""
     if eager(args[0]):
         return choose(operation, backend, args).run(*args)
+    if not _compiling():
+        register_flops()
     return operation.opaque(*args, backend or "")
 
 

@@ -104,3 +104,5 @@ TOPK_ATTENTION = _operation("topk_attention", "topk_attention", 0, 2, _topk_atte
 TOPK_SELECT = _operation("topk_select", "topk_select", 0, 0, _topk_select_cpu)
 SELECTED_ATTENTION = _operation("selected_attention", "selected_attention", 0, 2, _attend_selected)
 BACKWARD = _operation("topk_attention_backward", "topk_attention", 2, 4, _backward)
+
+_library.register_flops()
