@@ -39,15 +39,15 @@ lint: $(DEPS) ## ruff and clang-format, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-# Uses the machine's own torch, which fits its driver; nothing that is installed already is replaced.
+# Uses the machine's own torch, which fits its driver, and all else that it has: an empty environment over its packages.
 gpu: ## on a GPU machine: GPU tests and benchmarks -> bench/results/<gpu>.json
 	@$(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null || \
 	  { echo "make gpu: no CUDA GPU is visible to the torch of '$(PYTHON)'; nothing was run" >&2; exit 1; }
-	@test -x $(GPU_VENV)/bin/pip || $(PYTHON) -m venv $(GPU_VENV)
-	@$(PYTHON) -c "import site; print(*site.getsitepackages(), sep='\n')" > \
+	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv --without-pip $(GPU_VENV)
+	@$(PYTHON) -c "import site; print(*site.getsitepackages(), site.getusersitepackages(), sep='\n')" > \
 	  "$$($(GPU_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/machine.pth"
-	@$(GPU_VENV)/bin/python -c "import hypothesis, psutil, pytest, pytest_benchmark, pytest_timeout, setuptools, tqdm" 2>/dev/null || \
-	  $(GPU_VENV)/bin/python -m pip install -q hypothesis psutil pytest pytest-benchmark pytest-timeout "setuptools>=77" tqdm wheel
+	@$(GPU_VENV)/bin/python -c "import hypothesis, psutil, pytest, pytest_benchmark, pytest_timeout, tqdm" 2>/dev/null || \
+	  $(GPU_VENV)/bin/python -m pip install -q hypothesis psutil pytest pytest-benchmark pytest-timeout tqdm "setuptools>=77" wheel
 	$(GPU_VENV)/bin/python setup.py -q build_ext --inplace
 	@$(GPU_VENV)/bin/python -m pip install -q -e . --no-build-isolation --no-deps
 	$(GPU_VENV)/bin/python -P -m pytest -q -k cuda
