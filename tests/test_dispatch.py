@@ -10,6 +10,10 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import hivilt
 from hivilt import _backends, _settings
@@ -269,7 +273,7 @@ def test_compile_with_inductor():
 
 
 def test_compile_dynamic_shapes_compile_once():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     function, compilations = compiled(loss, backend=counter, dynamic=True), []
     for b, q, n in ((3, 5, 7), (5, 9, 11), (4, 6, 30), (7, 33, 8)):
         x = leaves(*inputs(B=b, Q=q, N=n))
@@ -342,7 +346,7 @@ def test_export_keeps_the_operator(strict):
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx(mode):
     x = inputs()
-    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda *x: topk_attention(*x, 3), tracing_mode=mode)(*x)
+    graph = make_fx(lambda *x: topk_attention(*x, 3), tracing_mode=mode)(*x)
     assert "hivilt.topk_attention" in graph.code
     equal(graph(*x), topk_attention(*x, 3))
 
@@ -357,7 +361,7 @@ def test_fake_and_meta_tensors_have_the_real_form(topk, axis):
     x = leaves(*inputs())
     expected = form(*x)
     assert form(*(t.detach().to("meta").requires_grad_() for t in x)) == expected
-    with torch._subclasses.FakeTensorMode() as mode:
+    with FakeTensorMode() as mode:
         fakes = tuple(mode.from_tensor(t) for t in x)
         assert form(*fakes) == expected
     assert form(*fakes) == expected  # also where the mode has ended
@@ -459,7 +463,7 @@ def test_checkpoint_repeats_the_dropout_mask(reentrant):
     x, again = leaves(*inputs()), leaves(*inputs())
     again = tuple(t.detach().clone().requires_grad_() for t in x)
     torch.manual_seed(1)
-    torch.utils.checkpoint.checkpoint(lambda *x: loss(*x, dropout_p=0.5), *x, use_reentrant=reentrant).backward()
+    checkpoint(lambda *x: loss(*x, dropout_p=0.5), *x, use_reentrant=reentrant).backward()
     torch.manual_seed(1)
     loss(*again, dropout_p=0.5).backward()
     equal([t.grad for t in x], [t.grad for t in again])
