@@ -641,9 +641,10 @@ def test_encoder_layer_compiles_with_topk():
         close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), slow(module, x))
 
 
-def test_nested_tensors_take_no_masks():
-    module = MultiheadAttention(E, H, batch_first=True, topk=3).eval()
-    nested = torch.nested.nested_tensor([torch.randn(4, E), torch.randn(6, E)])
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_nested_tensors_take_no_masks(axis):
+    module = MultiheadAttention(E, H, batch_first=True, topk=3, axis=axis).eval()
+    nested = torch.nested.nested_tensor([torch.randn(4, E), torch.randn(9, E)])
     out, _ = module(nested, nested, nested)
     for got, x in zip(out.unbind(), nested.unbind(), strict=True):
         close(got, module(x, x, x)[0])

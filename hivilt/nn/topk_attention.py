@@ -338,7 +338,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             scores = (q.to(lse.dtype) * self.head_dim**-0.5) @ k.to(lse.dtype).mT
             if masks[0] is not None and masks[0].is_floating_point():
                 scores = scores + torch.where(masks[0] == -INF, 0.0, masks[0])
-            lse = torch.where(lse == -INF, 0.0, lse)  # a row that kept nothing: all its weights are 0 below
             weights = torch.where(kept, scores - lse[..., None], -INF).exp()
             if dropout_p > 0.0:  # then the weights returned are those that made the output, as torch has it
                 weights = F.dropout(weights, dropout_p)
