@@ -54,16 +54,50 @@ def test_every_head_width(where, width, topk):
         t.check(op, t.case(i, dtype, shape=shape, **plain), backend=backend, device=device, backward=True)
 
 
+# One token, and one more or less than whole tiles, key chunks and query blocks.
+EDGES = [(1, 1), (1, 3000), (3000, 1), (5, 1025), (513, 33), (129, 511), (16, 4097), (257, 257), (47, 479), (48, 480),
+         (49, 481), (191, 961), (193, 960), (385, 63), (3, 8193), (50, 4099), (97, 128), (192, 2)]  # fmt: skip
+
+
 @pytest.mark.parametrize("axis", ["keys", "queries"])
 @pytest.mark.parametrize("topk", [None, 1, 24])
-@pytest.mark.parametrize(
-    "Q, N", [(1, 1), (1, 3000), (3000, 1), (5, 1025), (513, 33), (129, 511), (16, 4097), (257, 257)]
-)
+@pytest.mark.parametrize("Q, N", EDGES, ids=str)
 def test_long_and_thin(where, Q, N, topk, axis):
     backend, device = where
     plain = {"mask": "", "select": 0, "topk": topk, "axis": axis, "scale": None, "fill": "normal"}
     case = t.case(Q + N, torch.float32, shape=(1, 2, 2, Q, N, 24, 20), **plain)
     t.check(op, case, backend=backend, device=device, backward=True)
+
+
+BLOCKS = [
+    (2, 4, 2, 130, 513, 64, 64),
+    (1, 2, 1, 1030, 257, 32, 48),
+    (1, 2, 2, 260, 1025, 33, 31),
+    (3, 4, 1, 65, 700, 16, 16),
+]
+
+
+@pytest.mark.parametrize("topk, axis", [(None, "keys"), (33, "keys"), (200, "keys"), (20, "queries")])
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_across_blocks(where, shape, topk, axis):
+    """Sizes that span several tiles, key chunks and query blocks at once, with several batches and heads."""
+    backend, device = where
+    B, H, _, Q, N, _, _ = shape
+    plain = {"mask": "bool", "mask_shape": (1, 1, Q, N), "select": 0, "topk": topk, "axis": axis, "scale": None}
+    for dtype in (torch.float32, torch.bfloat16) if backend != "reference" else (torch.float32,):
+        case = t.case(B * H, dtype, shape=shape, fill="normal", key_mask=True, query_mask=False, **plain)
+        t.check(op, case, backend=backend, device=device, backward=True)
+
+
+def test_reference_in_small_slices(monkeypatch):
+    """The reference cuts its work into slices of pairs; tiny slices must give what one slice gives."""
+    from hivilt.ops import _topk_attention_reference as walked
+
+    for pairs in (1, 60, 700):
+        monkeypatch.setattr(walked, "PAIRS", pairs)
+        for case in t.cases(30, torch.float32, seed=8):
+            if case.shape[0] * case.shape[1] * case.shape[3] * case.shape[4] < 50 * pairs:  # else too many slices
+                t.check(op, case, backend="reference", backward=True)
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3, 8])

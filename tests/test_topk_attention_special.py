@@ -108,6 +108,20 @@ def test_nan_key_ruins_every_row_that_may_see_it(where, topk, axis, bad):
     assert got["grad key"][1].isfinite().all() and got["grad value"][1].isfinite().all()
 
 
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize("topk", [1, 3, 8, 30, 37, 69])
+def test_nan_scores_fill_the_last_slots(where, topk, axis):
+    """Numbers first, then NaN by index, never a masked pair: the count stays min(topk, #valid)."""
+    backend, device = where
+    x = inputs(device, topk, axis, mask="bool", mask_shape=(B, H, Q, N), key_mask=True, query_mask=True)
+    for name, share in (("query", 0.0), ("key", 0.8), ("query", 0.8)):
+        rows = torch.rand(x[name].shape[:3], generator=torch.Generator().manual_seed(topk)).to(device) < share
+        x[name][rows] = NAN
+        indices = select(**{n: v for n, v in x.items() if n != "value"}, backend=backend)
+        t.assert_topk(indices, **{n: v for n, v in x.items() if n != "value"})
+        assert torch.equal(op(**x, return_indices=True, backend=backend)[1], indices)
+
+
 @pytest.mark.parametrize("topk, axis", CALLS)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
 def test_bad_value_reaches_only_who_keeps_it(where, topk, axis, bad):
