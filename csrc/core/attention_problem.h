@@ -130,7 +130,7 @@ struct Kernels {
   Kernel topk_select;             // lists only; tasks: list rows of (b, list head)
   Kernel cross_lists;             // the lists by the other side; tasks: whole (b, list head)
   Kernel selected_forward;        // lists -> out, lse; tasks: query rows of (b, h)
-  Kernel selected_backward;       // all gradients but the mask's; tasks: whole (b, kv head)
+  Kernel selected_backward;       // axis 0, all gradients but the mask's; tasks: whole (b, kv head)
   Kernel selected_backward_rows;  // or in two steps: grad_query and the pairs; tasks: query rows of (b, h)
   Kernel selected_backward_keys;  //   then grad_key, grad_value; tasks: key rows of (b, kv head)
   Kernel selected_backward_mask;  // grad_mask, from the pairs; tasks: (mask batch, mask head)

@@ -169,14 +169,27 @@ struct WideRows {
 
   WideRows() = default;
   WideRows(Arena& arena, int64_t rows, int64_t width_, int64_t multiple = kLanes)
-      : width(width_), stride(round_up(width_, multiple)) {
-    data = arena.take<float>(rows * stride);
+      : width(width_), stride(round_up(width_, multiple)), own_(arena.take<float>(rows * stride)) {
+    data = own_;
   }
   float* row(int64_t r) const { return data + r * stride; }
   template <class Row>
   void fill(int64_t n, DType dtype, Row source) {
+    data = own_;
     for (int64_t r = 0; r < n; ++r) widen(source(r), dtype, width, row(r), stride);
   }
+  // The same to read only: rows that lie like this already, token_stride elements apart, are used where they are.
+  template <class Row>
+  void fill_or_view(int64_t n, DType dtype, int64_t token_stride, Row source) {
+    if (n > 0 && dtype == DType::kFloat32 && width == stride && token_stride == stride) {
+      data = reinterpret_cast<float*>(source(0));
+    } else {
+      fill(n, dtype, source);
+    }
+  }
+
+ private:
+  float* own_ = nullptr;
 };
 
 // The tokens of one side that take part, in order: all of them, or those that a mask names.

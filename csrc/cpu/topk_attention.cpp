@@ -418,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
     call.use_lists(indices);
     std::optional<CrossLists> cross;
     if (axis == 1) cross.emplace(call);
-    if (!bias_grad && whole_heads) {
+    if (axis == 0 && !bias_grad && whole_heads) {
       run(kernels().selected_backward, p, slice_tasks(p.batch, p.kv_heads));
     } else {
       const int64_t per_head = call.list_rows() * p.topk;
