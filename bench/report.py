@@ -1,0 +1,345 @@
+"""python bench/report.py RESULTS.json [--readme README.md]: the targets beside the figures, every time, memory, error.
+
+Prints Markdown and writes it and a plot beside the JSON file; with --readme also the first table into that file,
+between its two benchmark marks.  Ratios are medians of ratios taken round by round, with their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ORDER = ("eager", "compile", "sdpa_masked", "sdpa", "hivilt_fp32", "hivilt", "floor")
+MARKS = "<!-- benchmarks: {} -->", "<!-- end of benchmarks -->"
+
+# What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
+SHAPES = {
+    "B8-H12-Q196-N64-D64-top16": ((7, 1.3), (5, 3.2)),
+    "B4-H12-Q1024-N512-D64-top32": ((12, 1.5), (14, 4)),
+    "B1-H12-Q2048-N2048-D64-top64": ((13, 1.6), (15, 4.5)),
+}
+DIRECTIONS = "forward", "forward+backward"
+TIMES_THE_FLOOR = 1.3  # on the last two shapes
+BF16_VS_FP32 = 1.6
+OVERHEAD_US = 10
+
+
+class Results:
+    """The benchmarks of one file by (group, rival)."""
+
+    def __init__(self, path: Path):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        self.machine: dict[str, Any] = data["machine_info"].get("hivilt", {})
+        self.commit, self.date = data["commit_info"], data["datetime"][:10]
+        self.groups: dict[str, dict[str, dict]] = {}
+        for bench in data["benchmarks"]:
+            rival = bench["params"].get("rival", bench["name"])
+            self.groups.setdefault(bench["group"], {})[rival] = bench
+
+    def fact(self, group: str, rival: str, name: str) -> Any:
+        return self.groups.get(group, {}).get(rival, {}).get("extra_info", {}).get(name)
+
+    def median(self, group: str, rival: str) -> float | None:
+        bench = self.groups.get(group, {}).get(rival)
+        return bench["stats"]["median"] if bench else None
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.machine.get("gpu") else "cpu"
+
+    def describe(self) -> str:
+        m = self.machine
+        where = m.get("gpu") or f"{m.get('cpu')}, instruction set in use: {m.get('isa')}"
+        dirty = " with uncommitted changes" if self.commit.get("dirty") else ""
+        return (
+            f"{where}; {m.get('threads')} threads on {m.get('cpus')} CPUs; torch {m.get('torch')}; hivilt "
+            f"{m.get('hivilt')} at {(self.commit.get('id') or 'unknown')[:12]}{dirty}; {self.date}."
+        )
+
+    def warnings(self) -> list[str]:
+        busy = {g: max((self.fact(g, r, "busy_others") or 0) for r in rivals) for g, rivals in self.groups.items()}
+        loud = [group for group, share in busy.items() if share > 0.1]
+        if not loud:
+            return []
+        return [f"**The machine was busy** during {len(loud)} of {len(busy)} races: do not quote these figures."]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown whose columns are also aligned as plain text."""
+    if not rows:
+        return "Not measured."
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def ms(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def spread(quartiles: dict[str, float] | None, inverse: bool = False) -> str:
+    """Median and, in brackets, the quartiles."""
+    if quartiles is None:
+        return "-"
+    q1, median, q3 = (quartiles[name] for name in ("q1", "median", "q3"))
+    if inverse:
+        q1, median, q3 = 1 / q3, 1 / median, 1 / q1
+    return f"{median:.2f} ({q1:.2f} .. {q3:.2f})"
+
+
+def targets(results: Results) -> str:
+    """One row per target: what was measured, what was to be reached, whether it was."""
+    rows = []
+
+    def row(what: str, shape: str, time: float | None, quartiles: dict | None, target: float, at_most: bool) -> None:
+        if quartiles is None:
+            return
+        median = 1 / quartiles["median"] if at_most else quartiles["median"]
+        reached = median <= target if at_most else median >= target
+        sign = "at most " if at_most else ""
+        rows.append(
+            [what, shape, ms(time), spread(quartiles, at_most), f"{sign}{target:g}", "yes" if reached else "no"]
+        )
+
+    for i, direction in enumerate(DIRECTIONS):
+        for rival, name in (("eager", "eager"), ("sdpa", "dense SDPA")):
+            for shape, goals in SHAPES.items():
+                group = f"topk_attention {direction} {shape}-fp32-{results.device}"
+                ratio = results.fact(group, "hivilt", f"ratio_vs_{rival}")
+                target = goals[i][rival == "sdpa"]
+                row(
+                    f"{direction}: times faster than {name}",
+                    shape,
+                    results.median(group, "hivilt"),
+                    ratio,
+                    target,
+                    False,
+                )
+    for shape in list(SHAPES)[1:]:
+        group = f"topk_attention forward {shape}-fp32-{results.device}"
+        ratio = results.fact(group, "hivilt", "ratio_vs_floor")
+        what = "forward: times the Q K^T product alone"
+        row(what, shape, results.median(group, "hivilt"), ratio, TIMES_THE_FLOOR, True)
+    for shape in SHAPES:
+        group = f"topk_attention forward {shape}-bf16-{results.device}"
+        ratio = results.fact(group, "hivilt", "ratio_vs_hivilt_fp32")
+        row(
+            "forward in bf16: times faster than in fp32",
+            shape,
+            results.median(group, "hivilt"),
+            ratio,
+            BF16_VS_FP32,
+            False,
+        )
+    for direction in ("no-grad", "grad"):
+        group = f"overhead {direction} {results.device}"
+        beyond = results.fact(group, "hivilt", "us_beyond_mul")
+        if beyond:
+            reached = "yes" if beyond["median"] < OVERHEAD_US else "no"
+            what = f"call overhead, {direction}: microseconds beyond torch.mul"
+            time = results.median(group, "hivilt")
+            rows.append([what, "one query, one key", ms(time), spread(beyond), f"below {OVERHEAD_US}", reached])
+    return table(["what", "shape", "hivilt, ms", "measured (quartiles)", "target", "reached"], rows)
+
+
+def times(results: Results) -> str:
+    """Median milliseconds of every rival of every race."""
+    groups = {g: r for g, r in results.groups.items() if not g.startswith(("overhead", "topk_attention data"))}
+    names = [name for name in ORDER if any(name in rivals for rivals in groups.values())]
+    rows = [
+        [group.removeprefix("topk_attention "), *(ms(results.median(group, name)) for name in names)]
+        for group in groups
+    ]
+    return table(["median ms", *names], rows)
+
+
+def others(results: Results) -> str:
+    """Races with rivals of their own: overheads in microseconds, kinds of data in milliseconds."""
+    rows = []
+    for group, rivals in results.groups.items():
+        if group.startswith("overhead"):
+            rows += [[group, name, f"{1e6 * results.median(group, name):.1f} us"] for name in rivals]
+        elif group.startswith("topk_attention data"):
+            title = group.removeprefix("topk_attention ")
+            rows += [[title, name, f"{ms(results.median(group, name))} ms"] for name in rivals]
+    return table(["race", "rival", "median"], rows)
+
+
+def present(results: Results) -> list[str]:
+    """The rivals of these races that compute the whole operation, in a fixed order."""
+    return [name for name in ORDER[:-1] if name != "hivilt_fp32" and any(name in r for r in results.groups.values())]
+
+
+def memory(results: Results) -> str:
+    """Peak memory of one call beyond its inputs, results included."""
+    rows, names = [], present(results)
+    for group, rivals in results.groups.items():
+        if not any(results.fact(group, name, "peak_bytes") for name in rivals) or " data " in group:
+            continue
+        size = next(filter(None, (results.fact(group, name, "output_bytes") for name in rivals)))
+        peaks = [results.fact(group, name, "peak_bytes") for name in names]
+        cells = ["-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]
+        rows.append([group.removeprefix("topk_attention "), f"{size / 2**20:.0f}", *cells])
+    return table(["peak MiB of one call", "results alone", *names], rows)
+
+
+def errors(results: Results) -> str:
+    """Largest absolute error against float64 in the judged head: of the output, and of the worst gradient. Outputs of
+    dense attention are smaller than those of top-k attention, and so are its errors in half types."""
+    rows, names = [], present(results)
+
+    def cell(found: dict[str, float] | None) -> str:
+        if not found:
+            return "-"
+        grads = [error for name, error in found.items() if name != "out"]
+        return f"{found['out']:.1e}" + (f", {max(grads):.1e}" if grads else "")
+
+    for group in results.groups:
+        if group.startswith("topk_attention forward"):
+            cells = [cell(results.fact(group, name, "max_error")) for name in names]
+            rows.append([group.removeprefix("topk_attention "), *cells])
+    return table(["largest error: output, worst gradient", *names], rows)
+
+
+def possible(results: Results) -> str:
+    """What the operation must at least do, and which share of the machine's speed its time amounts to."""
+    m, rows = results.machine, []
+    for group in results.groups:
+        bench = results.groups[group].get("hivilt")
+        if bench and "flops" in bench["extra_info"]:
+            facts = bench["extra_info"]
+            rows.append([
+                group.removeprefix("topk_attention "), f"{facts['flops'] / 1e9:.2f}", f"{facts['bytes'] / 2**20:.0f}",
+                ms(facts["bound_s"]), ms(results.median(group, "hivilt")), f"{facts['share_of_possible']:.0%}",
+            ])  # fmt: skip
+    said = (
+        f"This machine multiplies big fp32 matrices at {m.get('gflops_of_matmul', 0):.0f} Gflop/s and copies "
+        f"{m.get('gb_per_s_of_copy', 0):.0f} GB/s. Selecting is not counted as work.\n\n"
+    )
+    head = ["hivilt", "Gflop needed", "MiB needed", "bound, ms", "measured, ms", "share of the possible"]
+    return said + table(head, rows)
+
+
+def draw(results: Results, path: Path) -> bool:
+    """Times and memory of the three shapes as bars; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ("eager", "compile", "sdpa", "hivilt", "floor")
+    labels = ("eager", "torch.compile", "dense SDPA", "hivilt", r"$QK^T$ alone")
+    colours = ("#b0b0b0", "#8c8c8c", "#5b8db8", "#d1495b", "#e8d9a0")
+    panels = (("forward", "time, ms", "forward"), ("forward+backward", "time, ms", "forward+backward"),
+              ("forward+backward", "MiB", "peak memory beyond the inputs, forward+backward"))  # fmt: skip
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for axis, (direction, unit, title) in zip(axes, panels, strict=True):
+        for j, (name, label, colour) in enumerate(zip(names, labels, colours, strict=True)):
+            for i, shape in enumerate(SHAPES):
+                group = f"topk_attention {direction} {shape}-fp32-{results.device}"
+                bench = results.groups.get(group, {}).get(name)
+                value = bench and (
+                    1e3 * bench["stats"]["median"]
+                    if unit != "MiB"
+                    else (bench["extra_info"]["peak_bytes"] or 0) / 2**20
+                )
+                if value:
+                    at = i + 0.16 * (j - 2)
+                    axis.bar(at, value, 0.15, color=colour, label=label if i == 0 else None)
+                    axis.text(
+                        at,
+                        value,
+                        f"{value:.3g}" if value < 100 else f"{value:.0f}",
+                        ha="center",
+                        va="bottom",
+                        fontsize=7,
+                    )
+        axis.set_yscale("log")
+        axis.margins(y=0.15)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel(unit)
+        axis.set_xticks(
+            range(len(SHAPES)),
+            [shape.replace("-Q", "\nQ").replace("-D64-", "\n").replace("-", " ") for shape in SHAPES],
+        )
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(results.describe().removesuffix("."), fontsize=8)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def shapes_only(results: Results) -> Results:
+    """The races of the three shapes in fp32, and in bf16."""
+    picked = copy.copy(results)
+    wanted = [f"topk_attention {d} {shape}-fp32-{results.device}" for d in DIRECTIONS for shape in SHAPES]
+    wanted += [f"topk_attention forward {shape}-bf16-{results.device}" for shape in SHAPES]
+    picked.groups = {group: results.groups[group] for group in wanted if group in results.groups}
+    return picked
+
+
+def summary(results: Results) -> str:
+    """Machine and targets."""
+    return "\n\n".join([results.describe(), *results.warnings(), targets(results)])
+
+
+def for_readme(results: Results, name: str) -> str:
+    """What the README shows of a file of bench/results."""
+    few, picture = shapes_only(results), Path(name).with_suffix(".png").name
+    parts = [summary(results), times(few), memory(few), errors(few), f"![times and memory](bench/results/{picture})"]
+    return "\n\n".join(parts)
+
+
+def compose(results: Results, picture: str | None) -> str:
+    parts = ["# Benchmarks", summary(results)]
+    if picture:
+        parts.append(f"![times and memory]({picture})")
+    sections = (("Times", times), ("Memory", memory), ("Errors", errors), ("Work", possible), ("Others", others))
+    for title, body in sections:
+        parts += [f"## {title}", body.__doc__.split("\n\n")[0].replace("\n   ", ""), body(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def into_readme(readme: Path, results: Results, name: str) -> None:
+    """Replaces what stands between the marks; the first one names the file the figures are from."""
+    start, end = MARKS[0].format("[^ ]*"), MARKS[1]
+    text = readme.read_text(encoding="utf-8")
+    block = f"{MARKS[0].format(name)}\n{for_readme(results, name)}\n{end}"
+    changed, count = re.subn(f"{start}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"report: {readme} holds {count} pairs of benchmark marks, expected 1")
+    readme.write_text(changed, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", type=Path)
+    asked = parser.parse_args()
+    results = Results(asked.results)
+    picture = asked.results.with_suffix(".png")
+    drawn = draw(results, picture)
+    text = compose(results, picture.name if drawn else None)
+    asked.results.with_suffix(".md").write_text(text, encoding="utf-8")
+    if asked.readme:
+        into_readme(asked.readme, results, asked.results.name)
+    print(text)
+    print(
+        f"written: {asked.results.with_suffix('.md')}" + (f", {picture}" if drawn else "; no plot without matplotlib")
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The benchmarks themselves: a wrong result is refused, samples reach pytest-benchmark as taken, machines never mix."""
+
+import copy
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import hivilt
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # as bench/conftest.py does
+pytest.importorskip("pytest_benchmark")
+
+import compare
+import interleave
+import race
+import report
+import rivals
+import roofline
+from gate import Gate
+
+TINY = rivals.Case(2, 2, 21, 19, 8, 5)
+VARIANTS = [TINY, replace(TINY, axis="queries"), replace(TINY, shared=7), replace(TINY, topk=None)]
+needs_kernel = pytest.mark.skipif(rivals.hivilt_backend("cpu") is None, reason="the C++ library is not built")
+
+
+@needs_kernel
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_rivals_agree_with_the_oracle(case, backward):
+    case = replace(case, backward=backward)
+    x = rivals.draw(case)
+    gate = Gate(case, x)
+    names = ["eager", "sdpa", "hivilt"] + ["sdpa_masked"] * bool(case.shared) + ["floor"] * (not backward)
+    for name in names:
+        errors = gate.check(name, rivals.runner(name, case, x)())
+        assert set(errors) == ({"scores"} if name == "floor" else {"out", *(("query", "key", "value") * backward)})
+        assert max(errors.values()) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["eager", "sdpa", "hivilt", "floor"])
+def test_gate_refuses_a_wrong_result(name):
+    case = replace(TINY, backward=name != "floor")
+    x = rivals.draw(case)
+    gate, results = Gate(case, x), rivals.runner(name, case, x)()
+    for wrong in range(len(results)):
+        planted = [t.detach().clone() for t in results]
+        planted[wrong][-1, -1, 3, 2] *= 1.5
+        with pytest.raises(AssertionError):
+            gate.check(name, planted)
+
+
+@needs_kernel
+def test_gate_refuses_a_wrong_selection(monkeypatch):
+    x = rivals.draw(TINY)
+    right = hivilt.ops.topk_attention
+
+    def second_best(query, key, value, topk, **options):
+        return right(query, -key, value, topk, **options)
+
+    monkeypatch.setattr(hivilt.ops, "topk_attention", second_best)
+    with pytest.raises(AssertionError):
+        Gate(TINY, x).check("hivilt", rivals.runner("hivilt", TINY, x)())
+
+
+@needs_kernel
+def test_race_does_not_time_a_wrong_rival(monkeypatch):
+    monkeypatch.setitem(rivals.RIVALS, "eager", lambda case, x: lambda q, k, v: torch.zeros_like(q))
+    settings = race.Settings(2, 2, roofline.Peak(1e9, 1e9), {"cpu": "test"}, weigh=False)
+    outcome = race.run_race("tiny", {name: (name, TINY) for name in ("eager", "sdpa", "hivilt")}, 0, settings)
+    assert list(outcome.failed) == ["eager"] and list(outcome.samples) == ["sdpa", "hivilt"]
+    assert outcome.facts["hivilt"]["ratio_vs_sdpa"]["median"] > 0
+    with pytest.raises(AssertionError, match="eager"):
+        outcome.hand_over(None, "eager")
+
+
+@pytest.mark.parametrize("case", VARIANTS[:3], ids=str)
+def test_judged_selections_are_clear(case):
+    head = rivals.judged(rivals.draw(case))
+    a, b = ("select_query", "select_key") if case.shared else ("query", "key")
+    scores = (head[a].double() @ head[b].double().mT).flatten(0, -3)
+    scores = scores.mT if case.axis == "queries" else scores
+    best = scores.sort(-1, descending=True).values
+    assert (best[..., case.topk - 1] - best[..., case.topk]).min() > 1e-6
+
+
+def test_turns_are_shuffled_rounds():
+    calls = []
+    samples = interleave.take_turns(
+        {name: lambda name=name: calls.append(name) for name in "abc"}, seconds=0, rounds=20
+    )
+    assert {len(times) for times in samples.values()} == {20}
+    rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 3
+
+
+def test_clock_replays_samples():
+    clock, samples, recorded = interleave.ReplayClock(), [0.25, 0.5, 0.125], []
+
+    class Benchmark:
+        def pedantic(self, run, rounds):
+            for _ in range(rounds):
+                start = clock()
+                run()
+                recorded.append(clock() - start)
+
+    clock.replay(Benchmark(), samples)
+    assert recorded == samples
+
+
+def test_ratio_is_taken_round_by_round():
+    assert interleave.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 50.0]) == {"q1": 2.0, "median": 2.0, "q3": 3.0}
+
+
+def test_work_is_counted():
+    forward = roofline.topk_attention_forward(1, 2, 3, 5, 4, kept=3 * 2, listed=3 * 2)
+    assert forward.flops == 2 * 2 * (3 * 5 + 6) * 4
+    assert forward.bytes == 4 * (2 * 3 * 4 * 2 + 2 * 5 * 4 * 2) + 4 * (2 * 3 + 2 * 6)
+    assert roofline.scores(1, 2, 3, 5, 4) == (2 * 2 * 15 * 4, 4 * 2 * (12 + 20 + 15))
+    assert roofline.Peak(10.0, 5.0).bound_s(roofline.Cost(20, 20)) == 4.0
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A file as pytest-benchmark writes it, one race of the first shape."""
+    shape = next(iter(report.SHAPES))
+
+    def bench(rival: str, median: float, **facts) -> dict:
+        facts |= {"busy_others": 0.0, "max_error": {"out": 1e-7}, "output_bytes": 1, "peak_bytes": 2**20}
+        group = f"topk_attention forward {shape}-fp32-cpu"
+        return {
+            "group": group,
+            "name": rival,
+            "params": {"rival": rival},
+            "stats": {"median": median},
+            "extra_info": facts,
+        }
+
+    facts = {"cpu": "X", "cpus": 2, "isa": "avx2", "threads": 2, "gpu": None, "torch": "2.13.0", "hivilt": "0.1.0"}
+    speedups = {f"ratio_vs_{r}": {"q1": x, "median": x, "q3": x} for r, x in (("eager", 8.0), ("sdpa", 1.2))}
+    data = {
+        "machine_info": {"hivilt": facts}, "commit_info": {"id": "0" * 40, "dirty": False}, "datetime": "2026-01-01",
+        "benchmarks": [bench("eager", 8e-3), bench("sdpa", 1.2e-3), bench("hivilt", 1e-3, **speedups)],
+    }  # fmt: skip
+
+    def write(name: str = "r.json", **changes) -> report.Results:
+        changed = copy.deepcopy(data)
+        changed["machine_info"]["hivilt"] |= changes
+        (tmp_path / name).write_text(json.dumps(changed))
+        return report.Results(tmp_path / name)
+
+    return write
+
+
+def test_report_holds_figures_against_targets(results):
+    rows = report.targets(results()).splitlines()[2:]
+    verdicts = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in rows}
+    assert verdicts == {"forward: times faster than eager": "yes", "forward: times faster than dense SDPA": "no"}
+    text = report.compose(results(), None)
+    assert "instruction set in use: avx2" in text and "do not quote" not in text
+
+
+def test_compare_refuses_another_machine(results):
+    before = results("before.json")
+    assert "1.00" in compare.compare(before, results("after.json", torch="2.14.0"))
+    for fact in ({"isa": "avx512"}, {"threads": 1}, {"cpu": "Y"}, {"gpu": "H200"}):
+        with pytest.raises(SystemExit, match="not the same machine"):
+            compare.compare(before, results("after.json", **fact))
