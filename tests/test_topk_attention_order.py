@@ -9,8 +9,8 @@ import hivilt
 import hivilt.testing as t
 
 CASES = 250  # integer cases per dtype and backend
-SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 479, 481, 511, 512, 513, 1023, 1024, 1025, 4095, 4096,
-         4097, 5003]  # fmt: skip
+SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 479, 481, 511, 512, 513, 1023, 1024, 1025, 4095,
+         4096, 4097, 5003]  # fmt: skip
 op, select = hivilt.ops.topk_attention, hivilt.ops.topk_select
 
 
