@@ -16,7 +16,11 @@ SHAPES = [
     Case(1, 12, 2048, 2048, 64, 64, device=DEVICE),  # two long sequences
 ]
 SMALL, MIDDLE, LARGE = SHAPES
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.benchmark(timer=CLOCK),
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # inside torch.compile
+]
 
 # title -> (label -> (rival, case), seconds of timing)
 GROUPS: dict[str, tuple[dict[str, tuple[str, Case]], float]] = {}
