@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..reference.topk_attention import (
     attend,
-    best,
     contract,
     dropout_keep,
+    lost_rows,
     pair_scores,
     pairs,
     shared_ratings,
@@ -22,7 +22,6 @@ from ..reference.topk_attention import (
 from . import _checks
 
 PAIRS = 1 << 21  # pairs of one slice; about eight temporaries of this many elements live at a time
-AXIS = ("keys", "queries")
 ALL = slice(None)
 
 
@@ -180,15 +179,36 @@ def _lists_of(lists: Tensor, axis: int, b: slice, h: slice, i: slice, shape: tor
 # The work of one segment.
 
 
+def best(scores: Tensor, valid: Tensor, topk: int, axis: int) -> Tensor:
+    """The lists of hivilt.reference without sorting: all above the topk-th score, then ties with it, then NaN."""
+    if axis == 1:
+        scores, valid = scores.mT.contiguous(), valid.mT.contiguous()
+    *rows, width = scores.shape
+    unsorted = valid & scores.isnan()
+    number = valid & ~unsorted
+    ranked = torch.where(number, scores, float("-inf"))
+    bar = ranked.topk(min(topk, width), sorted=True).values[..., -1:]
+    kept, at_bar = ranked > bar, number & (ranked == bar)
+    for candidates in (at_bar, unsorted):
+        room = topk - kept.sum(-1, keepdim=True)
+        if (candidates.sum(-1, keepdim=True) > room).any():
+            candidates = candidates & (candidates.cumsum(-1) <= room)  # the lower index first
+        kept = kept | candidates
+    slot = torch.where(kept, kept.cumsum(-1, dtype=torch.int32) - 1, topk).long()
+    lists = scores.new_full((*rows, topk + 1), -1, dtype=torch.int32)
+    index = torch.arange(width, dtype=torch.int32, device=scores.device).expand_as(slot)
+    return lists.scatter_(-1, slot, index)[..., :topk]
+
+
 def _select(x: Inputs, topk: int, axis: int, scale: float, lists: Tensor) -> None:
     for b, h, g, t in _slices(x, by_key=axis == 1):
         part = x.cut(b, h, g, t) if axis == 0 else x.cut(b, h, g, ALL, t)
         masks = part.attn_mask, part.key_mask, part.query_mask
         if x.select_query is None:
             scores = pair_scores(part.query, part.key, scale, part.attn_mask)
-            lists[b, h, t] = best(scores, valid_pairs(scores, *masks)[0], topk, AXIS[axis])
+            lists[b, h, t] = best(scores, valid_pairs(scores, *masks), topk, axis)
         elif h.start == 0:  # once for all heads
-            lists[b, :, t] = best(*shared_ratings(part.select_query, part.select_key, *masks), topk, AXIS[axis])
+            lists[b, :, t] = best(*shared_ratings(part.select_query, part.select_key, *masks), topk, axis)
 
 
 def _attend(x, lists, axis, scale, dropout_p, seed, out, lse, batch, listed_only=False) -> None:
@@ -196,15 +216,12 @@ def _attend(x, lists, axis, scale, dropout_p, seed, out, lse, batch, listed_only
     for b, h, g, i in _slices(x):
         part = x.cut(b, h, g, i)
         scores = pair_scores(part.query, part.key, scale, part.attn_mask)
-        kept, lost = valid_pairs(scores, part.attn_mask, part.key_mask, part.query_mask)
+        valid = kept = valid_pairs(scores, part.attn_mask, part.key_mask, part.query_mask)
         if lists is not None:
-            kept = kept & _lists_of(lists, axis, b, h, i, scores.shape)
-            if listed_only:
-                lost = (kept & (scores.isnan() | (scores == float("inf")))).any(-1)
+            kept = valid & _lists_of(lists, axis, b, h, i, scores.shape)
+        lost = lost_rows(scores, kept if listed_only else valid)
         first = (batch + b.start, h.start, i.start)
-        out[b, h, i], lse[b, h, i] = attend(
-            part.query, part.key, part.value, kept, lost, part.attn_mask, scale, dropout_p, seed, first
-        )
+        out[b, h, i], lse[b, h, i] = attend(scores, part.value, kept, lost, dropout_p, seed, first)
 
 
 def _attend_backward(x, lists, axis, scale, dropout_p, seed, upstream, grads, batch) -> None:
@@ -215,23 +232,27 @@ def _attend_backward(x, lists, axis, scale, dropout_p, seed, upstream, grads, ba
     for b, h, g, i in _slices(x):
         part = x.cut(b, h, g, i)
         scores = pair_scores(part.query, part.key, scale, part.attn_mask)
-        kept = valid_pairs(scores, part.attn_mask, part.key_mask, part.query_mask)[0]
+        kept = valid_pairs(scores, part.attn_mask, part.key_mask, part.query_mask)
         if lists is not None:
             kept = kept & _lists_of(lists, axis, b, h, i, scores.shape)
         query, key, value = (t.double() for t in (part.query, part.key, part.value))
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        some, mine = kept.any(-1, keepdim=True), lse[b, h, i, None].double()
         # A lost row has lse NaN, so its P and all that it hands back is NaN; a row that keeps nothing hands back 0.
-        p = torch.where(kept, (torch.where(kept, scores.double(), 0.0) - lse[b, h, i, None]).exp(), 0.0)
-        g_out = torch.where(kept.any(-1, keepdim=True), grad_out[b, h, i].double(), 0.0)
-        dropped, dp = p, torch.where(kept, g_out @ value.mT, 0.0)
+        p = (torch.where(kept, scores.double(), float("-inf")) - torch.where(some, mine, 0.0)).exp()
+        g_out = torch.where(some, grad_out[b, h, i].double(), 0.0)
+        dropped, dp = p, g_out @ value.mT
         if dropout_p > 0.0:
             keep = dropout_keep(seed, dropout_p, p.shape, p.device, (batch + b.start, h.start, i.start))
             factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
             dropped, dp = torch.where(keep, p * factor, 0.0), torch.where(keep, dp * factor, 0.0)
+        tame = p.isfinite().all() and dp.isfinite().all()  # then a pair that is not kept has p = 0 and adds 0
+        if not tame:
+            p, dp, dropped = (torch.where(kept, t, 0.0) for t in (p, dp, dropped))
         ds = dp - (p * dp).sum(-1, keepdim=True)
         if grad_lse is not None:
-            ds = ds + grad_lse[b, h, i, None]
-        ds = torch.where(kept, p * ds, 0.0)
+            ds = ds + torch.where(some, grad_lse[b, h, i, None], 0.0)
+        ds = p * ds if tame else torch.where(kept, p * ds, 0.0)
         grad_query[b, h, i] = (scale * contract(ds, kept, key)).to(grad_query.dtype)
         of_group = (g.stop - g.start, repeats)
         grad_key[b, g] += scale * contract(ds.mT, kept.mT, query).unflatten(1, of_group).sum(2)

@@ -49,17 +49,18 @@ def topk_attention(
     Returns:
         out [B, H, Q, E], or a tuple (out[, lse [B, H, Q]][, indices int32]).
     """
+    scores = pair_scores(query, key, scale, attn_mask)
+    kept = valid_pairs(scores, attn_mask, key_mask, query_mask)
+    lost = lost_rows(scores, kept)
     indices = None
-    with torch.no_grad():
-        scores = pair_scores(query, key, scale, attn_mask)
-        kept, lost = valid_pairs(scores, attn_mask, key_mask, query_mask)
-        if topk is not None:
-            ratings, candidates = scores, kept
-            if select_query is not None:
-                ratings, candidates = shared_ratings(select_query, select_key, attn_mask, key_mask, query_mask)
-            indices = best(ratings, candidates, topk, axis)
-            kept = kept & pairs(indices, scores.shape, axis)
-    out, lse = attend(query, key, value, kept, lost, attn_mask, scale, dropout_p, seed, first)
+    if topk is not None:
+        ratings, candidates = scores.detach(), kept
+        if select_query is not None:
+            ratings, candidates = shared_ratings(select_query, select_key, attn_mask, key_mask, query_mask)
+        indices = best(ratings, candidates, topk, axis)
+        kept = kept & pairs(indices, scores.shape, axis)
+    out, lse = attend(scores, value, kept, lost, dropout_p, seed, first)
+    out = out.to(query.dtype)
     result = (out, *([lse] if return_lse else []), *([indices] if return_indices else []))
     return result if len(result) > 1 else out
 
@@ -82,7 +83,7 @@ def topk_select(
     if select_query is not None:
         return best(*shared_ratings(select_query, select_key, attn_mask, key_mask, query_mask), topk, axis)
     scores = pair_scores(query, key, scale, attn_mask)
-    return best(scores, valid_pairs(scores, attn_mask, key_mask, query_mask)[0], topk, axis)
+    return best(scores, valid_pairs(scores, attn_mask, key_mask, query_mask), topk, axis)
 
 
 def selected_attention(
@@ -100,12 +101,10 @@ def selected_attention(
     first: tuple[int, int, int] = (0, 0, 0),
 ):
     """Attention over the listed pairs, in any order; -1 lists nothing, a forbidden pair takes no part."""
-    with torch.no_grad():
-        scores = pair_scores(query, key, scale, attn_mask)
-        kept, _ = valid_pairs(scores, attn_mask)
-        kept = kept & pairs(indices, scores.shape, axis)
-        lost = (kept & (scores.isnan() | (scores == INF))).any(-1)
-    out, lse = attend(query, key, value, kept, lost, attn_mask, scale, dropout_p, seed, first)
+    scores = pair_scores(query, key, scale, attn_mask)
+    kept = valid_pairs(scores, attn_mask) & pairs(indices, scores.shape, axis)
+    out, lse = attend(scores, value, kept, lost_rows(scores, kept), dropout_p, seed, first)
+    out = out.to(query.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -144,12 +143,20 @@ def allowed(attn_mask: Tensor | None, key_mask: Tensor | None, query_mask: Tenso
     return permitted
 
 
-def valid_pairs(scores, attn_mask=None, key_mask=None, query_mask=None) -> tuple[Tensor, Tensor]:
-    """The valid pairs [B, H, Q, N], and the rows [B, H, Q] that a NaN or +inf among their valid scores makes NaN."""
-    valid = (scores != -INF) & allowed(attn_mask, key_mask, query_mask)
-    return valid, (valid & (scores.isnan() | (scores == INF))).any(-1)
+def valid_pairs(scores, attn_mask=None, key_mask=None, query_mask=None) -> Tensor:
+    """Bool [B, H, Q, N]: allowed by every mask, and a score other than -inf."""
+    valid, permitted = scores != -INF, allowed(attn_mask, key_mask, query_mask)
+    return valid if permitted is True else valid & permitted
 
 
+def lost_rows(scores: Tensor, valid: Tensor) -> Tensor:
+    """Bool [B, H, Q]: rows that a NaN or +inf among their valid scores makes NaN."""
+    if not scores.shape[-1]:
+        return torch.zeros(scores.shape[:-1], dtype=torch.bool, device=scores.device)
+    return ~(torch.where(valid, scores.detach(), 0.0).amax(-1) < INF)
+
+
+@torch.no_grad()
 def shared_ratings(select_query, select_key, attn_mask, key_mask, query_mask) -> tuple[Tensor, Tensor]:
     """Selection scores and candidates [B, 1, Q, N] of the selection that all heads share: no head's score counts."""
     ratings = (select_query.double() @ select_key.double().mT)[:, None].to(score_dtype(select_query))
@@ -186,23 +193,23 @@ def pairs(indices: Tensor, shape: tuple[int, ...], axis: str = "keys") -> Tensor
 # Attention over the kept pairs.
 
 
-def attend(query, key, value, kept, lost, attn_mask, scale, dropout_p=0.0, seed=None, first=(0, 0, 0)):
-    """out in query's dtype and lse, differentiable; nothing kept: 0 and -inf; a lost row: NaN and NaN."""
-    scores = torch.where(kept, pair_scores(query, key, scale, attn_mask).double(), -INF)
+def attend(scores, value, kept, lost, dropout_p=0.0, seed=None, first=(0, 0, 0)) -> tuple[Tensor, Tensor]:
+    """out (float64) and lse, differentiable; nothing kept: 0 and -inf; a lost row: NaN and NaN."""
+    precision = scores.dtype
+    scores = torch.where(kept, scores.double(), -INF)
     some = kept.any(-1, keepdim=True)
-    top = torch.where(some, scores.detach().amax(-1, keepdim=True), 0.0) if scores.shape[-1] else scores.sum(-1, True)
-    top = torch.where(lost[..., None], NAN, top)
-    weight = torch.where(kept, (torch.where(kept, scores, 0.0) - top).exp(), 0.0)
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
+    top = torch.where(lost[..., None], NAN, torch.where(some, top, 0.0))
+    weight = torch.where(kept, (scores - top).exp(), 0.0)
     total = torch.where(some, weight.sum(-1, keepdim=True), 1.0)
     lse = torch.where(some, top + total.log(), -INF).squeeze(-1)
-    weight = weight / total
     if dropout_p > 0.0:  # after the normaliser, which counts every kept pair
         keep = dropout_keep(seed, dropout_p, weight.shape, weight.device, first)
         weight = torch.where(keep, weight * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0), 0.0)
-    value = value.double().repeat_interleave(query.shape[1] // max(1, value.shape[1]), 1)
-    out = torch.where(some, contract(weight, kept, value), 0.0)
-    blank = torch.where(lost, NAN, 0.0).to(lse.dtype)  # added, not replaced: the gradient of a lost row is NaN too
-    return (out + blank[..., None]).to(query.dtype), (lse + blank).to(score_dtype(query))
+    value = value.double().repeat_interleave(weight.shape[1] // max(1, value.shape[1]), 1)
+    out = torch.where(some, contract(weight, kept, value) / total, 0.0)
+    blank = torch.where(lost, NAN, 0.0)  # added, not put in place: the gradient of a lost row is NaN too
+    return out + blank[..., None], (lse + blank).to(precision)
 
 
 def contract(weight: Tensor, kept: Tensor, x: Tensor) -> Tensor:
