@@ -173,7 +173,7 @@ def _lists_of(lists: Tensor, axis: int, b: slice, h: slice, i: slice, shape: tor
     if axis == 0:
         return pairs(mine[:, :, i], shape)
     inside = (mine >= i.start) & (mine < i.stop)
-    return pairs(torch.where(inside, mine - i.start, -1), shape, "queries")
+    return pairs(torch.where(inside, mine - i.start, -1), shape, "queries").contiguous()
 
 
 # The work of one segment.
