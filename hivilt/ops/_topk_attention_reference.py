@@ -44,12 +44,17 @@ class Inputs(NamedTuple):
             self.query[b, h, i],
             self.key[b, g, j],
             None if self.value is None else self.value[b, g, j],
-            None if mask is None else mask[tuple(s if n > 1 else ALL for s, n in zip((b, h, i, j), mask.shape))],  # noqa: B905
+            None if mask is None else _cut_broadcast(mask, b, h, i, j),
             None if self.key_mask is None else self.key_mask[b, j],
             None if self.query_mask is None else self.query_mask[b, i],
             None if self.select_query is None else self.select_query[b, i],
             None if self.select_key is None else self.select_key[b, j],
         )
+
+
+def _cut_broadcast(mask: Tensor, *part: slice) -> Tensor:
+    """A part of [B, H, Q, N] of a mask in which any of these may be 1."""
+    return mask[tuple(s if n > 1 else ALL for s, n in zip(part, mask.shape, strict=True))]
 
 
 def topk_attention(query, key, value, topk, axis, attn_mask, key_mask, query_mask, select_query, select_key,
@@ -258,7 +263,7 @@ def _attend_backward(x, lists, axis, scale, dropout_p, seed, upstream, grads, ba
         grad_key[b, g] += scale * contract(ds.mT, kept.mT, query).unflatten(1, of_group).sum(2)
         grad_value[b, g] += contract(dropped.mT, kept.mT, g_out).unflatten(1, of_group).sum(2)
         if grad_mask is not None:
-            mine = grad_mask[tuple(s if n > 1 else ALL for s, n in zip((b, h, i), grad_mask.shape))]  # noqa: B905
+            mine = _cut_broadcast(grad_mask, b, h, i, ALL)
             mine += ds.sum_to_size(mine.shape)
 
 
