@@ -59,23 +59,30 @@ inline void scatter_sum(const float* weights, const float* x, const int32_t* lis
   for (; k < stride; k += kLanes) scatter_sum_block<1>(weights, x + k, list, n, rows + k, stride);
 }
 
+// Long sums are cut into links that are summed in order: rounding errors grow with the length of a chain.
+constexpr int64_t kGatherLink = 32;
+
 template <int kVecs>
 HIVILT_INLINE void gather_sum_block(const float* weights, const float* rows, int64_t stride, const int32_t* list,
                                     int64_t n, float* out, bool accumulate) {
-  Vec acc[kVecs];
+  for (int64_t first = 0; first < n || !accumulate; first += kGatherLink, accumulate = true) {
+    Vec acc[kVecs];
 #pragma GCC unroll 8
-  for (int v = 0; v < kVecs; ++v) acc[v] = accumulate ? load(out + v * kLanes) : splat(0.0f);
-  for (int64_t t = 0; t < n; ++t) {
-    const float* row = rows + list[t] * stride;
-    const Vec w = splat(weights[t]);
+    for (int v = 0; v < kVecs; ++v) acc[v] = splat(0.0f);
+    for (int64_t t = first; t < smaller(first + kGatherLink, n); ++t) {
+      const float* row = rows + list[t] * stride;
+      const Vec w = splat(weights[t]);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) acc[v] = fma(w, load(row + v * kLanes), acc[v]);
+      for (int v = 0; v < kVecs; ++v) acc[v] = fma(w, load(row + v * kLanes), acc[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      store(out + v * kLanes, accumulate ? add(load(out + v * kLanes), acc[v]) : acc[v]);
+    }
   }
-#pragma GCC unroll 8
-  for (int v = 0; v < kVecs; ++v) store(out + v * kLanes, acc[v]);
 }
 
-// out (+)= sum_t weights[t] * rows[list[t]], t ascending in one chain per element. `stride` is a multiple of kLanes.
+// out (+)= sum_t weights[t] * rows[list[t]], t ascending in links of kGatherLink. `stride` is a multiple of kLanes.
 inline void gather_sum(const float* weights, const float* rows, int64_t stride, const int32_t* list, int64_t n,
                        float* out, bool accumulate) {
   int64_t k = 0;

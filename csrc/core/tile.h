@@ -42,11 +42,14 @@ HIVILT_INLINE void tile_zero(Vec (&acc)[kTileRows][kTileVecs]) {
   }
 }
 
-HIVILT_INLINE void tile_load(const float* c, int64_t c_row, Vec (&acc)[kTileRows][kTileVecs]) {
+HIVILT_INLINE void tile_add(float* c, int64_t c_row, const Vec (&acc)[kTileRows][kTileVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVecs; ++v) acc[r][v] = load(c + r * c_row + v * kLanes);
+    for (int v = 0; v < kTileVecs; ++v) {
+      float* to = c + r * c_row + v * kLanes;
+      store(to, add(load(to), acc[r][v]));
+    }
   }
 }
 

@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #if !defined(_WIN32)
@@ -47,8 +49,18 @@ void parallel_tasks(int64_t n, size_t scratch_bytes, const std::function<void(in
     with_scratch(scratch_bytes, 0, n, body);
     return;
   }
-  torch::stable::parallel_for(0, n, 1,
-                              [&](int64_t begin, int64_t end) { with_scratch(scratch_bytes, begin, end, body); });
+  // An exception must not cross torch's C boundary, where its text is lost: it waits here.
+  std::exception_ptr failure;
+  std::mutex guard;
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    try {
+      with_scratch(scratch_bytes, begin, end, body);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace hivilt

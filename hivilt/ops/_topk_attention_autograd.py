@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from .._backends import Operation, choose
@@ -32,6 +33,14 @@ def run(operation: Operation, backend: str | None, args: tuple):
     if not _compiling():
         register_flops()
     return operation.opaque(*args, backend or "")
+
+
+def record(function: type[Function], args: tuple):
+    """``function.apply(*args)``.  In plain eager mode without its ``inspect.signature`` of forward at every call, which
+    only fills in defaults (there are none) and takes longer than all the rest of a small call."""
+    if eager(args[0]):
+        return super(Function, function).apply(*unwrap_dead_wrappers(args))
+    return function.apply(*args)
 
 
 class TopkAttention(Function):

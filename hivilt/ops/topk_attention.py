@@ -31,7 +31,7 @@ from ._checks import (
     check_topk,
     refuse,
 )
-from ._topk_attention_autograd import SelectedAttention, TopkAttention, _functorch_active, eager, run
+from ._topk_attention_autograd import SelectedAttention, TopkAttention, _functorch_active, eager, record, run
 from ._topk_attention_rows import SELECTED_ATTENTION, TOPK_ATTENTION, TOPK_SELECT
 
 _autocast_anywhere = torch._C._is_any_autocast_enabled
@@ -196,9 +196,9 @@ def selected_attention(
         out, lse = run(SELECTED_ATTENTION, backend, args)
     elif eager(args[0]):
         name = _backends.choose(SELECTED_ATTENTION, backend, args).name
-        out, lse = SelectedAttention.apply(*args, name)
+        out, lse = record(SelectedAttention, (*args, name))
     else:
-        out, lse = SelectedAttention.apply(*args, backend or "")
+        out, lse = record(SelectedAttention, (*args, backend or ""))
     return (out, lse) if return_lse else out
 
 
@@ -396,7 +396,7 @@ def _forward(args: tuple, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
         return run(TOPK_ATTENTION, backend, args)
     # Backward asks for the row that ran forward, by name; a traced graph only knows what was asked for.
     name = _backends.choose(TOPK_ATTENTION, backend, args).name if eager(args[0]) else backend or ""
-    return TopkAttention.apply(*args, name)
+    return record(TopkAttention, (*args, name))
 
 
 _backends.explainable(TOPK_ATTENTION, topk_attention, _bind_topk_attention)
