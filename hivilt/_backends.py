@@ -141,8 +141,16 @@ def _fall_back(operation: Operation, reasons: str) -> None:
             f"hivilt: {operation.public} runs on the PyTorch reference, which is slow ({reasons}). "
             "Said once; python -m hivilt.info shows what was built, backend='reference' asks for it quietly.",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=_levels_to_the_caller(),
         )
+
+
+def _levels_to_the_caller() -> int:
+    """How many frames up, from where it is called, the first one outside hivilt stands."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "hivilt":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _describe(x: Any) -> str:

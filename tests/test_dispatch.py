@@ -159,6 +159,7 @@ def test_fallback_is_said_once_per_operation_and_reason(forgetful):
         for _ in range(3):
             topk_attention(*x, 3).sum().backward()
         assert [w.category for w in said] == [RuntimeWarning] and "float64" in str(said[0].message)
+        assert said[0].filename == __file__
         topk_select(*x[:2], 3)
         assert len(said) == 2
         topk_attention(*x, 3, backend="reference")
