@@ -1,12 +1,35 @@
-// How a finished, an empty and a poisoned query row leave: out in the caller's dtype, log-sum-exp in fp32.
+// Rows of the caller as fp32, in place where that is what they are; how a finished, an empty and a poisoned query row
+// leave: out in the caller's dtype, log-sum-exp in fp32.
 #pragma once
 
 #include "core/pack.h"
 
 namespace hivilt::HIVILT_ISA {
 
+// A row to read, zeros up to `padded`.
+HIVILT_INLINE const float* wide_row(const char* row, DType dtype, int64_t width, int64_t padded, float* buffer) {
+  if (dtype == DType::kFloat32 && width == padded) return reinterpret_cast<const float*>(row);
+  widen(row, dtype, width, buffer, padded);
+  return buffer;
+}
+// Where a row of results is computed; finish_row brings it to its place.
+HIVILT_INLINE float* wide_target(char* row, DType dtype, int64_t width, int64_t padded, float* buffer) {
+  return dtype == DType::kFloat32 && width == padded ? reinterpret_cast<float*>(row) : buffer;
+}
+HIVILT_INLINE void finish_row(const float* wide, DType dtype, int64_t width, char* row) {
+  if (reinterpret_cast<const char*>(wide) != row) narrow(wide, dtype, width, row);
+}
+
+// Rows of the caller are passed once, in order, each a while after the last: too far apart for the processor to see a
+// stream. An address behind the last row does no harm.
+constexpr int64_t kAhead = 16;
+template <bool kWrite>
+HIVILT_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, kWrite);
+}
+
 inline void store_out(const Problem& p, int64_t b, int64_t h, int64_t i, const float* row, float lse) {
-  narrow(row, p.dtype, p.e, p.query_row(p.out, b, h, i));
+  finish_row(row, p.dtype, p.e, p.query_row(p.out, b, h, i));
   p.lse[p.query_offset(b, h) + i] = lse;
 }
 

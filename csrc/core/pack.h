@@ -30,8 +30,9 @@ class Arena {
 inline void widen(const char* src, DType dtype, int64_t n, float* dst, int64_t padded) {
   int64_t i = 0;
   if (dtype == DType::kFloat32) {
-    std::memcpy(dst, src, static_cast<size_t>(n) * 4);
-    i = n;
+    const auto* wide = reinterpret_cast<const float*>(src);
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(wide + i));
+    for (; i < n; ++i) dst[i] = wide[i];
   } else {
     const auto* half = reinterpret_cast<const uint16_t*>(src);
     const bool bf16 = dtype == DType::kBFloat16;
@@ -48,43 +49,22 @@ inline void widen(const char* src, DType dtype, int64_t n, float* dst, int64_t p
   for (; i < padded; ++i) dst[i] = 0.0f;
 }
 
-HIVILT_INLINE uint16_t narrow_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
-}
-
-HIVILT_INLINE uint16_t narrow_f16(float x) {
-#if defined(HIVILT_SIMD_AVX2) || defined(HIVILT_SIMD_AVX512)
-  return static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0));
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return sign | 0x7e00;
-  if (magnitude >= 0x47800000 - 0x1000) return sign | 0x7c00;  // 65520 and above round to infinity
-  if (magnitude < 0x38800000) {
-    // Subnormal: adding 2^-1 * 2^-14 * 2^24-scaled one lets the fp32 adder round to the half's grid.
-    float tiny;
-    std::memcpy(&tiny, &magnitude, sizeof tiny);
-    const float shifted = tiny + 0.5f;
-    uint32_t grid;
-    std::memcpy(&grid, &shifted, sizeof grid);
-    return sign | static_cast<uint16_t>(grid - 0x3f000000);
-  }
-  return sign | static_cast<uint16_t>((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13);
-#endif
-}
-
 inline void narrow(const float* src, DType dtype, int64_t n, char* dst) {
   if (dtype == DType::kFloat32) {
     std::memcpy(dst, src, static_cast<size_t>(n) * 4);
     return;
   }
   auto* half = reinterpret_cast<uint16_t*>(dst);
-  for (int64_t i = 0; i < n; ++i) half[i] = dtype == DType::kBFloat16 ? narrow_bf16(src[i]) : narrow_f16(src[i]);
+  const bool bf16 = dtype == DType::kBFloat16;
+  const auto put = [&](uint16_t* to, Vec v) { bf16 ? store_bf16(to, v) : store_f16(to, v); };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) put(half + i, load(src + i));
+  if (i == n) return;
+  float tail[kLanes] = {};
+  uint16_t narrowed[kLanes];
+  std::memcpy(tail, src + i, static_cast<size_t>(n - i) * 4);
+  put(narrowed, load(tail));
+  std::memcpy(half + i, narrowed, static_cast<size_t>(n - i) * 2);
 }
 
 // dst[c][r] = rows[r][first + c] for an 8 x 8 block of 32-bit words.
