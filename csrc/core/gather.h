@@ -56,8 +56,8 @@ HIVILT_INLINE void gather_dots(const float* x, const float* rows, int64_t stride
   if (t == n) return;
   int32_t tail[kLanes];
   for (int64_t r = 0; r < kLanes; ++r) tail[r] = list[smaller(t + r, n - 1)];
-  store(out + t, n - t > kLanes / 2 ? dots_of<kLanes>(x, rows, stride, tail)
-                                    : dots_of<kLanes / 2>(x, rows, stride, tail));
+  store(out + t,
+        n - t > kLanes / 2 ? dots_of<kLanes>(x, rows, stride, tail) : dots_of<kLanes / 2>(x, rows, stride, tail));
 }
 
 template <int kVecs>

@@ -2,7 +2,9 @@
 // leave: out in the caller's dtype, log-sum-exp in fp32.
 #pragma once
 
+#include "core/gather.h"
 #include "core/pack.h"
+#include "core/softmax.h"
 
 namespace hivilt::HIVILT_ISA {
 
@@ -41,6 +43,22 @@ inline void store_empty(const Problem& p, int64_t b, int64_t h, int64_t i) {
 inline void store_poisoned(const Problem& p, int64_t b, int64_t h, int64_t i, float* row) {
   for (int64_t k = 0; k < p.e; ++k) row[k] = __builtin_nanf("");
   store_out(p, b, h, i, row, __builtin_nanf(""));
+}
+
+// Weights after dropout; keys[t] names the key.
+inline void drop(const Problem& p, int64_t b, int64_t h, int64_t i, const int32_t* keys, const ScoreRow& row,
+                 float* factors) {
+  if (!p.dropout.active) return;
+  p.dropout.factors(b, h, i, keys, row.count, factors);
+  for (int64_t t = 0; t < row.count; ++t) row.scores[t] *= factors[t];
+}
+
+// out row = share * sum_t weights[t] * values[rows[t]].
+inline void gather_row(const Problem& p, int64_t b, int64_t h, int64_t i, const float* weights, int64_t n,
+                       const int32_t* rows, const RowSoftmax& softmax, const WideRows& values, float* result) {
+  float* out = wide_target(p.query_row(p.out, b, h, i), p.dtype, p.e, values.stride, result);
+  gather_sum<false>(weights, values.data, values.stride, rows, n, softmax.share, out);
+  store_out(p, b, h, i, out, softmax.lse);
 }
 
 }  // namespace hivilt::HIVILT_ISA

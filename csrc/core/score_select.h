@@ -15,6 +15,7 @@ constexpr int64_t kMostRows = 48;
 
 struct RowState {
   int32_t kept = 0;
+  float top = 0.0f;       // the best kept score, where any is kept and the row is not poisoned
   bool poisoned = false;  // a valid score is NaN or +inf
 };
 
@@ -172,6 +173,7 @@ class RowSelector {
       brackets_.search(k, 0);
       for (int64_t l = 0; l < n; ++l) {
         RowState& s = state[r + l];
+        s.top = brackets_.top(l);
         const float* row = scores_ + (r + l) * stride_;
         float* value = values + (r + l) * list_stride;
         int32_t* index = indices + (r + l) * list_stride;
@@ -230,6 +232,7 @@ class RowSelector {
     for (int64_t l = 0; l < n; ++l) {
       RowState& s = state[r + l];
       if (s.poisoned) continue;
+      s.top = brackets_.top(l);
       const float* candidate = candidates_ + l * candidate_stride_;
       const int32_t* candidate_index = candidate_index_ + l * candidate_stride_;
       float* value = values + (r + l) * list_stride;

@@ -69,4 +69,27 @@ HIVILT_INLINE Vec exp(Vec x) {
   return below_or(y, floor, mul(p, power_of_two(n)), splat(0.0f));
 }
 
+// log x of positive normal x, within 2 ulp. x = m 2^n with m in [1/sqrt(2), sqrt(2)), then a degree-8 minimax
+// polynomial for (log(1 + f) - f + f^2/2) / f^3, f = m - 1 (Cephes logf).
+HIVILT_INLINE Vec log(Vec x) {
+  const Vec root2 = splat(1.41421356f), one = splat(1.0f), half = splat(0.5f);
+  Vec m = mantissa_of(x), n = exponent_of(x);
+  n = where_ge(m, root2, add(n, one), n);
+  m = where_ge(m, root2, mul(m, half), m);
+  const Vec f = sub(m, one), f2 = mul(f, f);
+  Vec p = splat(7.0376836292e-2f);
+  p = fma(p, f, splat(-1.1514610310e-1f));
+  p = fma(p, f, splat(1.1676998740e-1f));
+  p = fma(p, f, splat(-1.2420140846e-1f));
+  p = fma(p, f, splat(1.4249322787e-1f));
+  p = fma(p, f, splat(-1.6668057665e-1f));
+  p = fma(p, f, splat(2.0000714765e-1f));
+  p = fma(p, f, splat(-2.4999993993e-1f));
+  p = fma(p, f, splat(3.3333331174e-1f));
+  p = mul(mul(p, f), f2);
+  p = fma(n, splat(-2.12194440e-4f), p);
+  p = fma(f2, splat(-0.5f), p);
+  return fma(n, splat(0.693359375f), add(f, p));
+}
+
 }  // namespace hivilt::HIVILT_ISA

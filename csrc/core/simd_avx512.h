@@ -110,6 +110,12 @@ HIVILT_INLINE Vec round_even(Vec v) {
 HIVILT_INLINE Vec power_of_two(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+HIVILT_INLINE Vec exponent_of(Vec v) {
+  return _mm512_getexp_ps(v);
+}
+HIVILT_INLINE Vec mantissa_of(Vec v) {
+  return _mm512_getmant_ps(v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+}
 HIVILT_INLINE Vec load_bf16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

@@ -136,6 +136,24 @@ HIVILT_INLINE Vec power_of_two(const Vec& n) {
     return r;
   });
 }
+// x = mantissa * 2^exponent with a mantissa in [1, 2), for positive normal x.
+HIVILT_INLINE Vec exponent_of(const Vec& v) {
+  return map([&](int l) {
+    uint32_t bits;
+    std::memcpy(&bits, &v.lane[l], sizeof bits);
+    return static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
+  });
+}
+HIVILT_INLINE Vec mantissa_of(const Vec& v) {
+  return map([&](int l) {
+    uint32_t bits;
+    std::memcpy(&bits, &v.lane[l], sizeof bits);
+    bits = (bits & 0x7fffff) | 0x3f800000;
+    float r;
+    std::memcpy(&r, &bits, sizeof r);
+    return r;
+  });
+}
 HIVILT_INLINE float widen_bf16(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;
   float r;

@@ -52,8 +52,11 @@ class RowBrackets {
     }
     store(low_, low);
     store(high_, high);
+    store(top_, high);
     store(count_low_, as_floats(n));
   }
+  // The largest value of lane l.
+  float top(int64_t l) const { return top_[l]; }
   // How many values of lane l are present (not -inf).
   int32_t present(int64_t l) const { return static_cast<int32_t>(count_low_[l]); }
 
@@ -128,7 +131,7 @@ class RowBrackets {
 
   float* elements_ = nullptr;
   int64_t length_ = 0;
-  float low_[kLanes], high_[kLanes], count_low_[kLanes], count_high_[kLanes];
+  float low_[kLanes], high_[kLanes], top_[kLanes], count_low_[kLanes], count_high_[kLanes];
 };
 
 // Writes the k best of a row whose bracket was narrowed with slack 0: values and indices, in index order. `index` may
