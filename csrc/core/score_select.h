@@ -97,6 +97,28 @@ class RowSelector {
   }
 
  private:
+  // Scores of a tile, row by row: scaled, stored, checked for being finite and taken into the group maxima.
+  template <bool kClean, bool kGroups>
+  HIVILT_INLINE void keep_tile(int64_t tile, int64_t panel, int64_t slot, Vec factor,
+                               const Vec (&acc)[kTileRows][kTileVecs]) {
+    const Vec zero = splat(0.0f);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t row = tile * kTileRows + r;
+      float* out = scores_ + row * stride_ + panel * kPanel;
+      float* best = group_best_ + row * groups_ + slot * kPanel;
+      Vec odd = kClean ? load(unfinite_ + row * kLanes) : zero;
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVecs; ++v) {
+        const Vec s = mul(acc[r][v], factor);
+        store(out + v * kLanes, s);
+        if (kGroups) store(best + v * kLanes, max(s, load(best + v * kLanes)));
+        if (kClean) odd = fma(s, zero, odd);  // 0 * x is NaN exactly when x is not finite
+      }
+      if (kClean) store(unfinite_ + row * kLanes, odd);
+    }
+  }
+
   template <bool kPairs, bool kClean>
   void score(int64_t tiles, int64_t first, int64_t width, float scale) {
     const int64_t n_panels = (width + kPanel - 1) / kPanel, slots = groups_ / kPanel;
@@ -111,29 +133,11 @@ class RowSelector {
       for (int64_t t = 0; t < tiles; ++t) {
         Vec acc[kTileRows][kTileVecs];
         tile_scores<kPairs>(panels.steps, left_ + t * kTileRows * panels.row_words, panels.row_words, panel, acc);
-#pragma GCC unroll 16
-        for (int r = 0; r < kTileRows; ++r) {
-          const int64_t row = t * kTileRows + r;
-          float* out = scores_ + row * stride_ + p * kPanel;
-          Vec odd = kClean ? load(unfinite_ + row * kLanes) : zero;
-#pragma GCC unroll 4
-          for (int v = 0; v < kTileVecs; ++v) {
-            const Vec s = mul(acc[r][v], factor);
-            store(out + v * kLanes, s);
-            if (kClean) odd = fma(s, zero, odd);  // 0 * x is NaN exactly when x is not finite
-          }
-          if (kClean) store(unfinite_ + row * kLanes, odd);
-        }
-        if (kClean && slots) {
-          if ((p + 1) * kPanel > width) continue;  // columns past the end hold zeros, not scores
-#pragma GCC unroll 16
-          for (int r = 0; r < kTileRows; ++r) {
-            const float* s = scores_ + (t * kTileRows + r) * stride_ + p * kPanel;
-            float* best = group_best_ + (t * kTileRows + r) * groups_ + slot * kPanel;
-#pragma GCC unroll 4
-            for (int v = 0; v < kTileVecs; ++v)
-              store(best + v * kLanes, max(load(s + v * kLanes), load(best + v * kLanes)));
-          }
+        // Columns past the end hold zeros, not scores.
+        if (kClean && slots && (p + 1) * kPanel <= width) {
+          keep_tile<kClean, true>(t, p, slot, factor, acc);
+        } else {
+          keep_tile<kClean, false>(t, p, slot, factor, acc);
         }
       }
       if (slots && ++slot == slots) slot = 0;
