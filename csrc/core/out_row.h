@@ -22,14 +22,6 @@ HIVILT_INLINE void finish_row(const float* wide, DType dtype, int64_t width, cha
   if (reinterpret_cast<const char*>(wide) != row) narrow(wide, dtype, width, row);
 }
 
-// Rows of the caller are passed once, in order, each a while after the last: too far apart for the processor to see a
-// stream. An address behind the last row does no harm.
-constexpr int64_t kAhead = 16;
-template <bool kWrite>
-HIVILT_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, kWrite);
-}
-
 inline void store_out(const Problem& p, int64_t b, int64_t h, int64_t i, const float* row, float lse) {
   finish_row(row, p.dtype, p.e, p.query_row(p.out, b, h, i));
   p.lse[p.query_offset(b, h) + i] = lse;
