@@ -61,27 +61,34 @@ HIVILT_INLINE void tile_store(float* c, int64_t c_row, const Vec (&acc)[kTileRow
   }
 }
 
-// A score: the chain over k is cut into links of kLink, summed in order. Rounding errors grow with the length of a
-// chain, and an error of a score is an error of a probability, so shorter chains are worth the extra additions.
-constexpr int64_t kLink = 16;
-
+// acc = sum_k a[k] b[k], the chain over k cut into links that are summed in order: rounding errors grow with the length
+// of a chain.
 template <bool kPairs>
-HIVILT_INLINE void tile_scores(int64_t steps, const float* a, int64_t a_row, const float* b,
-                               Vec (&acc)[kTileRows][kTileVecs]) {
+HIVILT_INLINE void tile_links(int64_t steps, int64_t link, const float* a, int64_t a_row, int64_t a_step,
+                              const float* b, int64_t b_step, Vec (&acc)[kTileRows][kTileVecs]) {
   tile_zero(acc);
-  tile_product<kPairs>(smaller(steps, kLink), a, a_row, 1, b, kPanel, acc);
-  if (steps <= kLink) return;
+  tile_product<kPairs>(smaller(steps, link), a, a_row, a_step, b, b_step, acc);
+  if (steps <= link) return;
   alignas(64) float total[kTileRows * kPanel];
-  for (int64_t k = kLink; k < steps; k += kLink) {
+  for (int64_t k = link; k < steps; k += link) {
     tile_store(total, kPanel, acc);
     tile_zero(acc);
-    tile_product<kPairs>(smaller(steps - k, kLink), a + k, a_row, 1, b + k * kPanel, kPanel, acc);
+    tile_product<kPairs>(smaller(steps - k, link), a + k * a_step, a_row, a_step, b + k * b_step, b_step, acc);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVecs; ++v) acc[r][v] = add(load(total + r * kPanel + v * kLanes), acc[r][v]);
     }
   }
+}
+
+// An error of a score is an error of a probability, so short links are worth their additions.
+constexpr int64_t kScoreLink = 16;
+
+template <bool kPairs>
+HIVILT_INLINE void tile_scores(int64_t steps, const float* a, int64_t a_row, const float* b,
+                               Vec (&acc)[kTileRows][kTileVecs]) {
+  tile_links<kPairs>(steps, kScoreLink, a, a_row, 1, b, kPanel, acc);
 }
 
 }  // namespace hivilt::HIVILT_ISA
