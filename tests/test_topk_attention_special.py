@@ -108,6 +108,55 @@ def test_nan_key_ruins_every_row_that_may_see_it(where, topk, axis, bad):
     assert got["grad key"][1].isfinite().all() and got["grad value"][1].isfinite().all()
 
 
+def ruin_key(x: dict) -> None:
+    x["key"][0, 0, 40, 3] = NAN
+
+
+def ruin_key_by_infinity(x: dict) -> None:
+    x["key"][0, 0, 40, 3] = INF  # the sign of the query decides: -inf is no score, +inf ruins
+
+
+def ruin_query(x: dict) -> None:
+    x["query"][1, 1, 5] = NAN
+
+
+def overflow(x: dict) -> None:
+    x["key"][0, 0, 33], x["query"][0, 1, 7] = 1e25, 1e25
+
+
+def ruin_bias(x: dict) -> None:
+    x["attn_mask"][1, 0, 6, 50], x["attn_mask"][0, 0, 9, 2], x["attn_mask"][0, 0, 9, 3] = NAN, INF, -INF
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize("mask", ["", "bool", "float32"])
+@pytest.mark.parametrize("ruin", [ruin_key, ruin_key_by_infinity, ruin_query, overflow, ruin_bias])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_selection_saves_no_row(where, ruin, mask, axis, dtype):
+    """It looks at no attention score, yet a bad one of a valid pair ruins its row although the pair is not kept."""
+    backend, device = where
+    mask = "float32" if ruin is ruin_bias else mask
+    x = inputs(device, 2, axis, mask=mask, mask_shape=(B, 1, Q, N), select=4)
+    x["key_mask"] = (torch.arange(N, device=device) % 9 != 5).repeat(B, 1)
+    x["query_mask"] = (torch.arange(Q, device=device) % 7 != 3).repeat(B, 1)
+    x["key"][0, :, 41] = NAN  # of no pair
+    ruin(x)
+    x = {n: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for n, v in x.items()}
+    out, lse = op(**x, return_lse=True, backend=backend)
+    q, k = (x[n].double().cpu() for n in ("query", "key"))
+    scores = (q @ k.repeat_interleave(H // G, 1).mT * x.get("scale", D**-0.5)).float()
+    valid = x["key_mask"][:, None, None, :].cpu() & x["query_mask"][:, None, :, None].cpu() & (scores != -INF)
+    if mask == "bool":
+        valid = valid & x["attn_mask"].cpu()
+    if mask == "float32":
+        valid = valid & (x["attn_mask"].cpu() != -INF)
+        scores = scores + x["attn_mask"].float().cpu()
+    lost = (valid & ~(scores < INF)).any(-1)
+    assert lost.any() and not lost.all()
+    assert torch.equal(lse.isnan().cpu(), lost) and torch.equal(out.isnan().all(-1).cpu(), lost)
+    assert torch.equal(out.isnan().any(-1).cpu(), lost)
+
+
 @pytest.mark.parametrize("axis", ["keys", "queries"])
 @pytest.mark.parametrize("topk", [1, 3, 8, 30, 37, 69])
 def test_nan_scores_fill_the_last_slots(where, topk, axis):

@@ -43,7 +43,7 @@ struct Problem {
 
   int32_t* lists = nullptr;  // (B, list_heads, list rows, topk), ascending, -1 padded
   int64_t list_heads = 0;
-  uint8_t* nan_rows = nullptr;  // axis 1: (B, H, Q), set where some valid score is NaN or +inf
+  uint8_t* nan_rows = nullptr;  // axis 1 or shared: (B, H, Q), set where some valid score is NaN or +inf
 
   // The lists by the other side: row c of head-slice s holds entries [offsets[c], offsets[c + 1]) of its slice.
   int32_t* cross_offsets = nullptr;
@@ -128,6 +128,7 @@ struct Kernels {
   const char* name;
   Kernel topk_forward;            // axis 0: select, softmax, gather; tasks: query rows of (b, h)
   Kernel topk_select;             // lists only; tasks: list rows of (b, list head)
+  Kernel shared_nan_rows;         // of a shared selection; tasks: query rows of (b, all heads)
   Kernel cross_lists;             // the lists by the other side; tasks: whole (b, list head)
   Kernel selected_forward;        // lists -> out, lse; tasks: query rows of (b, h)
   Kernel selected_backward;       // axis 0, all gradients but the mask's; tasks: whole (b, kv head)

@@ -43,14 +43,22 @@ class Masker {
   Masker(Arena& arena, int64_t most_columns)
       : bias_(arena.take<float>(most_columns)), allowed_(arena.take<uint8_t>(most_columns)) {}
 
+  // What a float mask adds to the scores of row_token against column[0..width).
+  const float* biases(const ScoreMask& mask, int64_t row_token, const int32_t* column, int64_t width) {
+    if (mask.kind == MaskKind::kFloat32 && in_order(mask, column, width)) {
+      return reinterpret_cast<const float*>(mask.data) + row_token * mask.row_stride + column[0];
+    }
+    for (int64_t i = 0; i < width; ++i) bias_[i] = mask.bias(row_token, column[i]);
+    return bias_;
+  }
+
   // Scores row[0..width) of row_token against the columns column[0..width).
   void apply(const ScoreMask& mask, int64_t row_token, const int32_t* column, int64_t width, float* row) {
     const Vec absent = splat(-kInf);
-    const bool in_order = mask.column_stride == 1 && column[width - 1] - column[0] == width - 1;
     int64_t c = 0;
     if (mask.kind == MaskKind::kBool) {
       const auto* allowed = reinterpret_cast<const uint8_t*>(mask.data) + row_token * mask.row_stride + column[0];
-      if (!in_order) {
+      if (!in_order(mask, column, width)) {
         for (int64_t i = 0; i < width; ++i) allowed_[i] = mask.allows(row_token, column[i]);
         allowed = allowed_;
       }
@@ -58,12 +66,7 @@ class Masker {
       for (; c < width; ++c) row[c] = allowed[c] ? row[c] : -kInf;
       return;
     }
-    const float* bias = bias_;
-    if (in_order && mask.kind == MaskKind::kFloat32) {
-      bias = reinterpret_cast<const float*>(mask.data) + row_token * mask.row_stride + column[0];
-    } else {
-      for (int64_t i = 0; i < width; ++i) bias_[i] = mask.bias(row_token, column[i]);
-    }
+    const float* bias = biases(mask, row_token, column, width);
     for (; c + kLanes <= width; c += kLanes) {
       // A bias of -inf means absent even where the score is NaN.
       const Vec x = load(bias + c), s = mask.only_presence ? load(row + c) : add(load(row + c), x);
@@ -79,6 +82,10 @@ class Masker {
   }
 
  private:
+  static bool in_order(const ScoreMask& mask, const int32_t* column, int64_t width) {
+    return mask.column_stride == 1 && column[width - 1] - column[0] == width - 1;
+  }
+
   float* bias_ = nullptr;
   uint8_t* allowed_ = nullptr;
 };

@@ -320,10 +320,10 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention(Tensor query, Tensor key, Tens
     run(kernels().topk_forward, p, query_tasks(p));
     return {call.out, call.lse, lists};
   }
-  std::vector<uint8_t> nan_rows;
-  if (axis == 1 && !p.shared) {
-    nan_rows.resize(static_cast<size_t>(call.lse.numel()));
-    p.nan_rows = nan_rows.data();
+  std::vector<uint8_t> nan_rows(static_cast<size_t>(call.lse.numel()));
+  p.nan_rows = nan_rows.data();
+  if (p.shared) {
+    run(kernels().shared_nan_rows, p, tasks_of(p, 1, [&](int64_t b) { return p.queries_of(b); }));
   }
   run(kernels().topk_select, p, list_tasks(p));
   attend_to_lists(call);
