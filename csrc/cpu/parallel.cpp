@@ -43,9 +43,10 @@ int64_t thread_count() {
   return forked ? 1 : torch::stable::get_num_threads();
 }
 
-void parallel_tasks(int64_t n, size_t scratch_bytes, const std::function<void(int64_t, int64_t, char*)>& body) {
+void parallel_tasks(int64_t n, size_t scratch_bytes, const std::function<void(int64_t, int64_t, char*)>& body,
+                    bool alone) {
   if (n == 0) return;
-  if (n == 1 || thread_count() == 1) {
+  if (alone || n == 1 || thread_count() == 1) {
     with_scratch(scratch_bytes, 0, n, body);
     return;
   }

@@ -34,9 +34,33 @@ Operand operand(Tensor& x, bool packed) {
   return {static_cast<char*>(x.data_ptr()), packed ? 0 : x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// Straight through the C interface: torch::stable::new_empty looks its operator up by name in every call.
+template <size_t kDims>
+Tensor strided(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims], int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(kDims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A contiguous tensor without contents.
+template <size_t kDims>
+Tensor empty(const int64_t (&sizes)[kDims], int32_t dtype) {
+  int64_t strides[kDims], stride = 1;
+  for (size_t dim = kDims; dim-- > 0; stride *= std::max<int64_t>(1, sizes[dim])) strides[dim] = stride;
+  return strided(sizes, strides, dtype);
+}
+
+int32_t dtype_code(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
 // (B, H, T, width), stored token by token so that merging the heads afterwards moves nothing.
 Tensor token_major(const Tensor& like, int64_t b, int64_t h, int64_t t, int64_t width) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {b, t, h, width}), 1, 2);
+  const int64_t token = std::max<int64_t>(1, width), tokens = token * std::max<int64_t>(1, h);
+  return strided({b, h, t, width}, {tokens * std::max<int64_t>(1, t), token, tokens, 1}, dtype_code(like));
 }
 
 std::vector<int64_t> offsets_of(const Tensor& cu_seqlens, const char* name, int64_t total) {
@@ -154,7 +178,7 @@ struct Call {
   Tensor new_lists(int64_t topk) {
     p.topk = topk;
     p.list_heads = p.shared ? 1 : p.heads;
-    lists = torch::stable::new_empty(query, {query.size(0), p.list_heads, list_rows(), topk}, ScalarType::Int);
+    lists = empty({query.size(0), p.list_heads, list_rows(), topk}, aoti_torch_dtype_int32());
     p.lists = static_cast<int32_t*>(lists.data_ptr());
     check_list_size();
     if (slack) std::memset(p.lists, 0xff, static_cast<size_t>(lists.numel()) * 4);
@@ -162,7 +186,7 @@ struct Call {
   }
   void new_out() {
     out = token_major(query, query.size(0), p.heads, p.n_queries, p.e);
-    lse = torch::stable::new_empty(query, {query.size(0), p.heads, p.n_queries}, ScalarType::Float);
+    lse = empty({query.size(0), p.heads, p.n_queries}, aoti_torch_dtype_float32());
     p.lse = static_cast<float*>(lse.data_ptr());
     p.out = operand(out, packed);
     if (!slack) return;
@@ -258,9 +282,14 @@ std::vector<Task> slice_tasks(int64_t batch, int64_t heads) {
 }
 
 void run(const Kernel& kernel, const Problem& p, const std::vector<Task>& tasks) {
-  parallel_tasks(
-      static_cast<int64_t>(tasks.size()), kernel.scratch_bytes(p),
-      [&](int64_t begin, int64_t end, char* scratch) { kernel.run(p, tasks.data() + begin, end - begin, scratch); });
+  // Waking the other threads takes some microseconds, in which one multiplies this often.
+  constexpr int64_t kWorthThreads = 1 << 17;
+  const double products = static_cast<double>(p.batch * p.heads) * static_cast<double>(p.n_queries) *
+                          static_cast<double>(p.n_keys) * static_cast<double>(p.d + p.e);
+  const auto work = [&](int64_t begin, int64_t end, char* scratch) {
+    kernel.run(p, tasks.data() + begin, end - begin, scratch);
+  };
+  parallel_tasks(static_cast<int64_t>(tasks.size()), kernel.scratch_bytes(p), work, products < kWorthThreads);
 }
 
 std::vector<Task> query_tasks(const Problem& p) {
@@ -279,12 +308,10 @@ struct CrossLists {
   explicit CrossLists(Call& call) {
     Problem& p = call.p;
     const int64_t columns = p.axis == 0 ? p.n_keys : p.n_queries;
-    offsets = torch::stable::new_empty(call.query, {p.batch * p.list_heads * (columns + 1)}, ScalarType::Int);
-    if (call.packed) {
-      offsets = torch::stable::new_empty(call.query, {p.list_heads * (columns + p.batch)}, ScalarType::Int);
-    }
-    rows = torch::stable::new_empty(call.lists, {call.lists.numel()});
-    slots = torch::stable::new_empty(call.lists, {call.lists.numel()});
+    const int64_t n_offsets = call.packed ? p.list_heads * (columns + p.batch) : p.batch * p.list_heads * (columns + 1);
+    offsets = empty({n_offsets}, aoti_torch_dtype_int32());
+    rows = empty({call.lists.numel()}, aoti_torch_dtype_int32());
+    slots = empty({call.lists.numel()}, aoti_torch_dtype_int32());
     p.cross_offsets = static_cast<int32_t*>(offsets.data_ptr());
     p.cross_rows = static_cast<int32_t*>(rows.data_ptr());
     p.cross_slots = static_cast<int32_t*>(slots.data_ptr());
@@ -312,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention(Tensor query, Tensor key, Tens
   if (topk < 0) {
     p.axis = 0;
     run(kernels().dense_forward, p, query_tasks(p));
-    return {call.out, call.lse, torch::stable::new_empty(query, {0}, ScalarType::Int)};
+    return {call.out, call.lse, empty({0}, aoti_torch_dtype_int32())};
   }
   call.set_selection_source(select_query, select_key);
   const Tensor lists = call.new_lists(topk);
@@ -385,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
       std::memset(grad->data_ptr(), 0, static_cast<size_t>(grad->numel() * p.element_bytes()));
     }
   }
-  Tensor grad_mask = torch::stable::new_empty(query, {0});
+  Tensor grad_mask = empty({0}, dtype_code(query));
   if (bias_grad) {
     grad_mask = torch::stable::new_zeros(query, {p.mask_size[0], p.mask_size[1], p.mask_size[2], p.mask_size[3]},
                                          ScalarType::Float);
@@ -422,7 +449,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
       run(kernels().selected_backward, p, slice_tasks(p.batch, p.kv_heads));
     } else {
       const int64_t per_head = call.list_rows() * p.topk;
-      const Tensor pairs = torch::stable::new_empty(query, {2, query.size(0) * p.heads * per_head}, ScalarType::Float);
+      const Tensor pairs = empty({2, query.size(0) * p.heads * per_head}, aoti_torch_dtype_float32());
       p.pair_weights = static_cast<float*>(pairs.data_ptr());
       p.pair_scores = p.pair_weights + pairs.size(1);
       run(kernels().selected_backward_rows, p, query_tasks(p));
