@@ -52,8 +52,9 @@ gpu: ## on a GPU machine: GPU tests and benchmarks -> bench/results/<gpu>.json
 	@$(GPU_VENV)/bin/python -m pip install -q -e . --no-build-isolation --no-deps
 	$(GPU_VENV)/bin/python -P -m pytest -q -k cuda
 	@mkdir -p bench/results
-	$(GPU_VENV)/bin/python -P -m pytest bench/ --benchmark-only --benchmark-json=bench/results/$$($(PYTHON) -c \
-	  "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))").json
+	@results=bench/results/$$($(PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))").json; \
+	  set -x; $(GPU_VENV)/bin/python -P -m pytest bench/ --benchmark-only --benchmark-json=$$results && \
+	  $(GPU_VENV)/bin/python -P bench/report.py $$results
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist hivilt.egg-info hivilt/*.so hivilt/_build_info.json $(BUILD) $(GPU_VENV)
