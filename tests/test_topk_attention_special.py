@@ -270,3 +270,20 @@ def test_extreme_but_finite(where, dtype):
     torch.testing.assert_close(op(**x | {"value": value}, backend=backend)[0, 0], value[0, 0, :Q], rtol=1e-2, atol=0)
     smallest = torch.full_like(x["value"], info.tiny * info.eps)
     assert torch.equal(op(**x | {"value": smallest, "topk": 1}, backend=backend), smallest[:, :, :1].expand(B, H, Q, E))
+
+
+@pytest.mark.parametrize("topk, axis", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mean_of_huge_values(where, topk, axis, dtype):
+    """Values near the largest number: their sum overflows, what attention returns does not."""
+    backend, device = where
+    x = inputs(device, topk, axis)
+    x |= {name: 0.1 * x[name] for name in ("query", "key")}
+    x["value"] = torch.full_like(x["value"], 0.9 * torch.finfo(dtype).max)
+    x = {n: v.to(dtype) if torch.is_tensor(v) else v for n, v in x.items()}
+    out, lse = op(**x, return_lse=True, backend=backend)
+    kept = lse > -INF
+    assert kept.any() and (out[~kept] == 0).all()
+    # Probabilities that sum to 1 within some units in the last place of float32, and one rounding to the dtype.
+    allowed = 32 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+    assert (out[kept].double() / x["value"].double().max() - 1).abs().max() <= allowed

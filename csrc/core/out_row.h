@@ -37,7 +37,7 @@ inline void store_poisoned(const Problem& p, int64_t b, int64_t h, int64_t i, fl
   store_out(p, b, h, i, row, __builtin_nanf(""));
 }
 
-// Weights after dropout; keys[t] names the key.
+// Probabilities after dropout; keys[t] names the key.
 inline void drop(const Problem& p, int64_t b, int64_t h, int64_t i, const int32_t* keys, const ScoreRow& row,
                  float* factors) {
   if (!p.dropout.active) return;
@@ -45,12 +45,12 @@ inline void drop(const Problem& p, int64_t b, int64_t h, int64_t i, const int32_
   for (int64_t t = 0; t < row.count; ++t) row.scores[t] *= factors[t];
 }
 
-// out row = share * sum_t weights[t] * values[rows[t]].
+// out row = sum_t weights[t] * values[rows[t]].
 inline void gather_row(const Problem& p, int64_t b, int64_t h, int64_t i, const float* weights, int64_t n,
-                       const int32_t* rows, const RowSoftmax& softmax, const WideRows& values, float* result) {
+                       const int32_t* rows, float lse, const WideRows& values, float* result) {
   float* out = wide_target(p.query_row(p.out, b, h, i), p.dtype, p.e, values.stride, result);
-  gather_sum<false>(weights, values.data, values.stride, rows, n, softmax.share, out);
-  store_out(p, b, h, i, out, softmax.lse);
+  gather_sum<false>(weights, values.data, values.stride, rows, n, 1.0f, out);
+  store_out(p, b, h, i, out, lse);
 }
 
 }  // namespace hivilt::HIVILT_ISA

@@ -13,10 +13,6 @@ struct ScoreRow {
   float top = 0.0f;
 };
 
-struct RowSoftmax {
-  float lse, share;  // share: 1 / sum of the weights
-};
-
 HIVILT_INLINE ScoreRow score_row(float* scores, int64_t count) {
   store(scores + count, splat(-kInf));
   Vec top = splat(-kInf);
@@ -24,10 +20,11 @@ HIVILT_INLINE ScoreRow score_row(float* scores, int64_t count) {
   return {scores, count, max_of(top)};
 }
 
-// Scores become weights exp(score - top). Rows [0, n), n <= kLanes; what comes back of a row without scores is unused.
-inline void softmax_rows(const ScoreRow* rows, int64_t n, RowSoftmax* softmax) {
+// Scores become probabilities; lse[l] = log of the sum of exp(score) over row l. Rows [0, n), n <= kLanes; what comes
+// back of a row without scores is unused.
+inline void softmax_rows(const ScoreRow* rows, int64_t n, float* lse) {
   Vec sums[kLanes];
-  float top[kLanes], lse[kLanes], share[kLanes];
+  float top[kLanes], share[kLanes], lse_of[kLanes];
   for (int64_t l = 0; l < kLanes; ++l) {
     sums[l] = splat(0.0f);
     const ScoreRow row = l < n ? rows[l] : ScoreRow{};
@@ -42,9 +39,16 @@ inline void softmax_rows(const ScoreRow* rows, int64_t n, RowSoftmax* softmax) {
     }
   }
   const Vec total = lane_sums(sums);
-  store(lse, add(load(top), log(total)));
+  store(lse_of, add(load(top), log(total)));
   store(share, div(splat(1.0f), total));
-  for (int64_t l = 0; l < n; ++l) softmax[l] = {lse[l], share[l]};
+  for (int64_t l = 0; l < n; ++l) {
+    lse[l] = lse_of[l];
+    // Before the values are summed, not after: their sum might overflow where their mean does not.
+    const Vec part = splat(share[l]);
+    for (int64_t t = 0; t < rows[l].count; t += kLanes) {
+      store(rows[l].scores + t, mul(load(rows[l].scores + t), part));
+    }
+  }
 }
 
 }  // namespace hivilt::HIVILT_ISA
