@@ -92,41 +92,52 @@ class RowBrackets {
       low = where_ge(count, wanted, t, low);
       count_low = where_ge(count, wanted, count, count_low);
     }
-    const uint32_t open = mask_gt(count_low, enough);
     store(low_, low);
     store(high_, high);
     store(count_low_, count_low);
     store(count_high_, count_high);
-    for (int64_t l = 0; open >> l; ++l) {
-      if (open >> l & 1) halve(l, k, slack);
-    }
+    for (uint32_t open = mask_gt(count_low, enough); open;) open = halve(open, k, slack);
   }
   Bracket lane(int64_t l) const {
     return {low_[l], high_[l], static_cast<int32_t>(count_low_[l]), static_cast<int32_t>(count_high_[l])};
   }
 
  private:
-  void halve(int64_t l, int32_t k, int32_t slack) {
-    while (count_low_[l] - static_cast<float>(k) > static_cast<float>(slack)) {
+  // Halves the number of floats between low and high in the open lanes; returns those that stay open.
+  uint32_t halve(uint32_t open, int32_t k, int32_t slack) {
+    float middle[kLanes], count[kLanes], above[kLanes], below[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) {
       const int64_t low = ordered_bits(low_[l]), high = ordered_bits(high_[l]);
-      if (high - low <= 1) return;  // what reaches `low` but not `high` equals `low`
-      const float t = from_ordered_bits(static_cast<int32_t>(low + (high - low) / 2));
-      // A count jumps over many floats at a time where values repeat: move to values that occur.
-      float n = 0, below = -kInf, above = kInf;
-      for (int64_t e = 0; e < length_; ++e) {
-        const float x = elements_[e * kLanes + l];
-        n += x >= t ? 1.0f : 0.0f;
-        if (x >= t && x < above) above = x;
-        if (x < t && x > below) below = x;
-      }
-      if (n >= static_cast<float>(k)) {
-        low_[l] = above;  // nothing lies between t and the least value that reaches it
-        count_low_[l] = n;
-      } else {
-        high_[l] = from_ordered_bits(ordered_bits(larger(below, low_[l])) + 1);
-        count_high_[l] = n;
-      }
+      middle[l] = open >> l & 1 ? from_ordered_bits(static_cast<int32_t>(low + (high - low) / 2)) : kInf;
     }
+    const Vec t = load(middle), most = splat(kInf), least = splat(-kInf);
+    Vec lowest_above = most, highest_below = least;
+    Count n = no_count();
+    for (int64_t e = 0; e < length_; ++e) {
+      const Vec x = load(elements_ + e * kLanes);
+      n = count_ge(n, x, t);
+      lowest_above = min(lowest_above, where_ge(x, t, x, most));
+      highest_below = max(highest_below, where_ge(x, t, least, x));
+    }
+    store(count, as_floats(n));
+    store(above, lowest_above);
+    store(below, highest_below);
+    for (int64_t l = 0; l < kLanes; ++l) {
+      if (!(open >> l & 1)) continue;
+      // A count jumps over many floats at a time where values repeat: move to values that occur.
+      if (count[l] >= static_cast<float>(k)) {
+        low_[l] = above[l];  // nothing lies between the middle and the least value that reaches it
+        count_low_[l] = count[l];
+      } else {
+        high_[l] = from_ordered_bits(ordered_bits(larger(below[l], low_[l])) + 1);
+        count_high_[l] = count[l];
+      }
+      const bool enough = count_low_[l] - static_cast<float>(k) <= static_cast<float>(slack);
+      // What reaches `low` but not `high` equals `low` once no float lies in between.
+      const bool tie = static_cast<int64_t>(ordered_bits(high_[l])) - ordered_bits(low_[l]) <= 1;
+      if (enough || tie) open &= ~(1u << l);
+    }
+    return open;
   }
 
   float* elements_ = nullptr;
@@ -139,29 +150,22 @@ class RowBrackets {
 HIVILT_INLINE int32_t take_best(const float* row, const int32_t* index, int64_t vecs, int32_t k, const Bracket& b,
                                 float* values, int32_t* indices) {
   const Vec low = splat(b.low);
-  int32_t n = 0;
-  if (b.count_low == k) {
-    for (int64_t v = 0; v < vecs; ++v) {
-      const Vec x = load(row + v * kLanes);
-      const uint32_t bits = mask_ge(x, low);
-      compress(values + n, x, bits);
-      if (index) {
-        compress_index(indices + n, index + v * kLanes, bits);
-      } else {
-        compress_iota(indices + n, static_cast<int32_t>(v * kLanes), bits);
-      }
-      n += popcount(bits);
+  // Where more values equal low than there are places left, the first of them get in.
+  int32_t n = 0, ties = b.count_low == k ? k : k - b.count_high;
+  for (int64_t v = 0; v < vecs; ++v) {
+    const Vec x = load(row + v * kLanes);
+    const uint32_t more = mask_gt(x, low);
+    uint32_t equal = mask_ge(x, low) & ~more;
+    while (popcount(equal) > ties) equal &= ~(1u << (31 - __builtin_clz(equal)));
+    ties -= popcount(equal);
+    const uint32_t bits = more | equal;
+    compress(values + n, x, bits);
+    if (index) {
+      compress_index(indices + n, index + v * kLanes, bits);
+    } else {
+      compress_iota(indices + n, static_cast<int32_t>(v * kLanes), bits);
     }
-    return n;
-  }
-  // More values equal to low than places left: all above it, and the first of the ties.
-  int32_t ties = k - b.count_high;
-  for (int64_t p = 0; p < vecs * kLanes; ++p) {
-    const bool tie = row[p] == b.low;
-    if (!(row[p] > b.low) && !(tie && ties > 0)) continue;
-    ties -= tie;
-    values[n] = row[p];
-    indices[n++] = index ? index[p] : static_cast<int32_t>(p);
+    n += popcount(bits);
   }
   return n;
 }
