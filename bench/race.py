@@ -112,12 +112,12 @@ def settle(outcome: Outcome, label: str, samples: list[float], cost: Cost, setti
         for other in BASELINES
         if other in outcome.samples and other != label
     }
-    bound_s = settings.peak.bound_s(cost)
+    torch_s = settings.peak.torch_s(cost)
     facts |= {
         "flops": cost.flops,
         "bytes": cost.bytes,
-        "bound_s": bound_s,
-        "share_of_possible": bound_s / quartiles(samples)["median"],
+        "torch_s": torch_s,
+        "speed_vs_torch": torch_s / quartiles(samples)["median"],
         "busy_others": round(busy, 3),
         "machine": settings.machine,
     }

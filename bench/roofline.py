@@ -1,7 +1,8 @@
-"""What an operation must at least do, and what the machine can: flops, bytes, and the time no code can beat.
+"""What an operation must at least do, in flops and bytes, and how long that takes at the speed torch itself reaches.
 
 Flops are a multiply and an add per product; selection only compares and is not counted.  Bytes are each argument read
-once and each result written once.  The bound is max(flops / speed of a big matrix product, bytes / speed of a copy).
+once and each result written once.  The time is max(flops / speed of torch's big matrix product, bytes / speed of its
+copy): no bound where torch's matrix product does not use all of the processor.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ class Cost(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """The machine: flops per second of a big fp32 matrix product, bytes per second of a big copy."""
+    """Of torch on this machine: flops per second of a big fp32 matrix product, bytes per second of a big copy."""
 
     flops: float
     bytes: float
 
-    def bound_s(self, cost: Cost) -> float:
+    def torch_s(self, cost: Cost) -> float:
         return max(cost.flops / self.flops, cost.bytes / self.bytes)
 
 

@@ -121,7 +121,7 @@ def test_work_is_counted():
     assert forward.flops == 2 * 2 * (3 * 5 + 6) * 4
     assert forward.bytes == 4 * (2 * 3 * 4 * 2 + 2 * 5 * 4 * 2) + 4 * (2 * 3 + 2 * 6)
     assert roofline.scores(1, 2, 3, 5, 4) == (2 * 2 * 15 * 4, 4 * 2 * (12 + 20 + 15))
-    assert roofline.Peak(10.0, 5.0).bound_s(roofline.Cost(20, 20)) == 4.0
+    assert roofline.Peak(10.0, 5.0).torch_s(roofline.Cost(20, 20)) == 4.0
 
 
 @pytest.fixture
