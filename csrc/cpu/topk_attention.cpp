@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -34,12 +35,15 @@ Operand operand(Tensor& x, bool packed) {
   return {static_cast<char*>(x.data_ptr()), packed ? 0 : x.stride(0), x.stride(1), x.stride(2)};
 }
 
+void succeed(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("hivilt: torch refused a tensor (out of memory?)");
+}
+
 // Straight through the C interface: torch::stable::new_empty looks its operator up by name in every call.
 template <size_t kDims>
 Tensor strided(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims], int32_t dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(kDims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  succeed(aoti_torch_empty_strided(kDims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -53,7 +57,7 @@ Tensor empty(const int64_t (&sizes)[kDims], int32_t dtype) {
 
 int32_t dtype_code(const Tensor& x) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  succeed(aoti_torch_get_dtype(x.get(), &dtype));
   return dtype;
 }
 
