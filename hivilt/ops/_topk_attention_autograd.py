@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
-from .._backends import Operation, choose
+from .._backends import Operation, Row, choose
 from .._library import register_flops
 from ._topk_attention_rows import BACKWARD, SELECTED_ATTENTION, TOPK_ATTENTION
 
@@ -17,6 +16,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def eager(x: Tensor) -> bool:
@@ -26,8 +26,11 @@ def eager(x: Tensor) -> bool:
     )
 
 
-def run(operation: Operation, backend: str | None, args: tuple):
-    """One operation on its operator arguments; ``backend`` None means what is in force when it runs."""
+def run(operation: Operation, backend: str | Row | None, args: tuple):
+    """One operation on its operator arguments; ``backend`` None means what is in force when it runs, a row of the
+    operation has been chosen already."""
+    if isinstance(backend, Row):
+        return backend.run(*args)
     if eager(args[0]):
         return choose(operation, backend, args).run(*args)
     if not _compiling():
@@ -39,7 +42,8 @@ def record(function: type[Function], args: tuple):
     """``function.apply(*args)``.  In plain eager mode without its ``inspect.signature`` of forward at every call, which
     only fills in defaults (there are none) and takes longer than all the rest of a small call."""
     if eager(args[0]):
-        return super(Function, function).apply(*unwrap_dead_wrappers(args))
+        # As apply does: a tensor that outlived its functorch transform is replaced by what it wraps.
+        return super(Function, function).apply(*[_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args])
     return function.apply(*args)
 
 
@@ -99,6 +103,7 @@ def _backward(ctx, grad_out, grad_lse, saved, attn_mask_at: int):
         return (None,) * 4
     query, key, value, out, lse, indices, attn_mask, key_mask, query_mask, cu_q, cu_k, seed = saved
     axis, scale, dropout_p, backend = ctx.settings
+    backend = backend.name if isinstance(backend, Row) else backend  # of forward; backward has rows of its own
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     args = (grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask, query_mask, cu_q, cu_k,

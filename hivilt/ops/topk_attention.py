@@ -195,8 +195,7 @@ def selected_attention(
     if not _records(args[0], args[1], args[2], args[5]):
         out, lse = run(SELECTED_ATTENTION, backend, args)
     elif eager(args[0]):
-        name = _backends.choose(SELECTED_ATTENTION, backend, args).name
-        out, lse = record(SelectedAttention, (*args, name))
+        out, lse = record(SelectedAttention, (*args, _backends.choose(SELECTED_ATTENTION, backend, args)))
     else:
         out, lse = record(SelectedAttention, (*args, backend or ""))
     return (out, lse) if return_lse else out
@@ -394,9 +393,9 @@ def _records(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 def _forward(args: tuple, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     if not _records(args[0], args[1], args[2], args[5]):
         return run(TOPK_ATTENTION, backend, args)
-    # Backward asks for the row that ran forward, by name; a traced graph only knows what was asked for.
-    name = _backends.choose(TOPK_ATTENTION, backend, args).name if eager(args[0]) else backend or ""
-    return record(TopkAttention, (*args, name))
+    # Backward asks for the backend that ran forward; a traced graph only knows what was asked for.
+    chosen = _backends.choose(TOPK_ATTENTION, backend, args) if eager(args[0]) else backend or ""
+    return record(TopkAttention, (*args, chosen))
 
 
 _backends.explainable(TOPK_ATTENTION, topk_attention, _bind_topk_attention)
