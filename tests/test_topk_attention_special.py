@@ -272,6 +272,21 @@ def test_extreme_but_finite(where, dtype):
     assert torch.equal(op(**x | {"value": smallest, "topk": 1}, backend=backend), smallest[:, :, :1].expand(B, H, Q, E))
 
 
+@pytest.mark.parametrize("bad", [NAN, NEGATIVE_NAN, INF], ids=str)
+@pytest.mark.parametrize("N", [20, 64, 600])
+def test_bad_scores_among_ties_end(where, bad, N):
+    """Every score the same but one or two: the search for a threshold ends wherever the bad one stands."""
+    backend, device = where
+    q = torch.ones(1, 1, 3, 1, device=device)
+    for at, other in itertools.product((0, 1, N // 2, N - 1), (0.0, 1.0, -1.0)):
+        k = torch.zeros(1, 1, N, 1, device=device)
+        k[..., 3, 0], k[..., at, 0] = other, bad
+        out, indices = op(q, k, torch.ones_like(k), 5, return_indices=True, backend=backend)
+        assert out.isnan().all()
+        best = sorted(range(N), key=lambda j: (math.isnan(x := k[0, 0, j, 0].item()), -x, j))[:5]
+        assert indices.tolist() == [[[sorted(best)] * 3]]
+
+
 @pytest.mark.parametrize("topk, axis", CALLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_mean_of_huge_values(where, topk, axis, dtype):

@@ -46,7 +46,7 @@ class RowBrackets {
     Count n = no_count();
     for (int64_t e = 0; e < length; ++e) {
       const Vec x = load(elements + e * kLanes);
-      high = max(high, x);
+      high = max(x, high);  // operand order: NaN is passed over
       low = min(low, above_or(x, absent, top));
       n = count_ge(n, x, present);
     }
@@ -117,7 +117,7 @@ class RowBrackets {
       const Vec x = load(elements_ + e * kLanes);
       n = count_ge(n, x, t);
       lowest_above = min(lowest_above, where_ge(x, t, x, most));
-      highest_below = max(highest_below, where_ge(x, t, least, x));
+      highest_below = max(where_ge(x, t, least, x), highest_below);
     }
     store(count, as_floats(n));
     store(above, lowest_above);
