@@ -141,7 +141,9 @@ def test_shared_selection_saves_no_row(where, ruin, mask, axis, dtype):
     x["query_mask"] = (torch.arange(Q, device=device) % 7 != 3).repeat(B, 1)
     x["key"][0, :, 41] = NAN  # of no pair
     ruin(x)
-    x = {n: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for n, v in x.items()}
+    # The selection source stays float32: beside half types it is judged as given.
+    x = {n: v.to(dtype) if n in ("query", "key", "value", "attn_mask") and v.is_floating_point() else v
+         for n, v in x.items()}  # fmt: skip
     out, lse = op(**x, return_lse=True, backend=backend)
     q, k = (x[n].double().cpu() for n in ("query", "key"))
     scores = (q @ k.repeat_interleave(H // G, 1).mT * x.get("scale", D**-0.5)).float()
@@ -302,3 +304,59 @@ def test_mean_of_huge_values(where, topk, axis, dtype):
     # Probabilities that sum to 1 within some units in the last place of float32, and one rounding to the dtype.
     allowed = 32 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
     assert (out[kept].double() / x["value"].double().max() - 1).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e8])
+def test_gradients_of_huge_scores_are_finite(where, size):
+    """Forward and backward may round scores of 1e10 by more than exp can bear."""
+    backend, device = where
+    g = torch.Generator().manual_seed(0)
+    q, k, v = ((torch.randn(1, 2, n, 64, generator=g) * m).to(device) for n, m in ((50, size), (90, size), (90, 1)))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, indices = op(*leaves, 20, return_indices=True, backend=backend)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(x.isfinite().all() for x in grads)
+    # The weights of a query sum to 1, whatever they are.
+    torch.testing.assert_close(grads[2].sum((2, 3)), torch.full((1, 2), 50.0 * 64, device=device))
+
+
+def test_lse_of_a_ruined_listed_row(where):
+    backend, device = where
+    q, k, v = (torch.randn(1, 1, n, 8, device=device) for n in (20, 6, 6))
+    q[0, 0, 0, 0], q[0, 0, 17, 3] = NAN, NAN
+    lists = torch.tensor([0, 2, 3], device=device).expand(1, 1, 20, 3)
+    out, lse = hivilt.ops.selected_attention(q, k, v, lists, return_lse=True, backend=backend)
+    lost = torch.isin(torch.arange(20, device=device), torch.tensor([0, 17], device=device))
+    assert torch.equal(lse[0, 0].isnan(), lost) and torch.equal(out[0, 0].isnan().all(1), lost)
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_listed_pairs_without_a_score_get_no_gradient(where, axis, threads):
+    """A score of -inf makes a pair invalid although it is listed; 0 * inf must not show, however the work is split."""
+    backend, device = where
+    torch.set_num_threads(threads)
+    q, k, v = (torch.rand(1, 1, n, 64, device=device) + 0.1 for n in (400, 300, 300))
+    q[0, 0, 1, 0] = -INF
+    k.requires_grad_(), v.requires_grad_()
+    rows, width = (400, 300) if axis == "keys" else (300, 400)
+    lists = torch.arange(3, device=device).expand(1, 1, rows, 3)
+    out = hivilt.ops.selected_attention(q, k, v, lists, axis=axis, backend=backend)
+    assert (out[0, 0, 1] == 0).all() and width > 3
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (k, v)))
+
+
+def test_dense_pairs_without_a_score_take_no_part(where):
+    """Without any mask: a key whose scores are all -inf may hold a NaN value, and gets no gradient."""
+    backend, device = where
+    q, k, v = (torch.rand(1, 2, n, 24, device=device) + 0.1 for n in (40, 60, 60))
+    leaves = [x.detach().clone() for x in (q, k, v)]
+    leaves[1][0, 0, 2, 0], leaves[2][0, 0, 2], leaves[0][0, 1, 5, 1] = -INF, NAN, -INF
+    leaves = [x.requires_grad_() for x in leaves]
+    out, lse = op(*leaves, return_lse=True, backend=backend)
+    assert out.isfinite().all() and lse[0, 1, 5] == -INF and (out[0, 1, 5] == 0).all()
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[1][0, 0, 2] == 0).all() and (grads[2][0, 0, 2] == 0).all() and (grads[0][0, 1, 5] == 0).all()
+    rest = [torch.cat([x[:, :1, :2], x[:, :1, 3:]], 2) for x in (k, v)]
+    torch.testing.assert_close(out[:, :1], op(q[:, :1], *rest, backend="reference"))

@@ -17,6 +17,9 @@ enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 struct Operand {
   char* data = nullptr;
   int64_t stride_b = 0, stride_h = 0, stride_t = 0;
+  DType dtype = DType::kFloat32;
+
+  HIVILT_INLINE int64_t element_bytes() const { return dtype == DType::kFloat32 ? 4 : 2; }
 };
 
 struct Problem {
@@ -28,7 +31,7 @@ struct Problem {
 
   bool shared = false;  // selection by (select_query, select_key), one for all heads
   int64_t select_width = 0;
-  Operand select_query, select_key;
+  Operand select_query, select_key;  // of one dtype, which may be another than the rest's
 
   MaskKind mask_kind = MaskKind::kNone;
   const char* mask = nullptr;
@@ -66,7 +69,8 @@ struct Problem {
   HIVILT_INLINE int64_t columns_of(int64_t b) const { return axis == 0 ? keys_of(b) : queries_of(b); }
   HIVILT_INLINE int64_t kv_head(int64_t h) const { return h / (heads / kv_heads); }
   HIVILT_INLINE int64_t list_head(int64_t h) const { return list_heads == 1 ? 0 : h; }
-  HIVILT_INLINE int64_t element_bytes() const { return dtype == DType::kFloat32 ? 4 : 2; }
+  HIVILT_INLINE int64_t element_bytes() const { return query.element_bytes(); }
+  HIVILT_INLINE DType select_dtype() const { return shared ? select_query.dtype : dtype; }
 
   HIVILT_INLINE char* query_row(const Operand& x, int64_t b, int64_t h, int64_t i) const {
     return row(x, query_start, b, h, i);
@@ -108,7 +112,7 @@ struct Problem {
  private:
   HIVILT_INLINE char* row(const Operand& x, const int64_t* start, int64_t b, int64_t h, int64_t t) const {
     const int64_t first = start ? start[b] * x.stride_t : b * x.stride_b;
-    return x.data + (first + h * x.stride_h + t * x.stride_t) * element_bytes();
+    return x.data + (first + h * x.stride_h + t * x.stride_t) * x.element_bytes();
   }
 };
 

@@ -69,8 +69,8 @@ HIVILT_INLINE Vec exp(Vec x) {
   return below_or(y, floor, mul(p, power_of_two(n)), splat(0.0f));
 }
 
-// log x of positive normal x, within 2 ulp. x = m 2^n with m in [1/sqrt(2), sqrt(2)), then a degree-8 minimax
-// polynomial for (log(1 + f) - f + f^2/2) / f^3, f = m - 1 (Cephes logf).
+// log x of positive normal x, within 2 ulp; NaN in gives NaN out. x = m 2^n with m in [1/sqrt(2), sqrt(2)), then a
+// degree-8 minimax polynomial for (log(1 + f) - f + f^2/2) / f^3, f = m - 1 (Cephes logf).
 HIVILT_INLINE Vec log(Vec x) {
   const Vec root2 = splat(1.41421356f), one = splat(1.0f), half = splat(0.5f);
   Vec m = mantissa_of(x), n = exponent_of(x);
@@ -89,7 +89,7 @@ HIVILT_INLINE Vec log(Vec x) {
   p = mul(mul(p, f), f2);
   p = fma(n, splat(-2.12194440e-4f), p);
   p = fma(f2, splat(-0.5f), p);
-  return fma(n, splat(0.693359375f), add(f, p));
+  return add(fma(n, splat(0.693359375f), add(f, p)), sub(x, x));
 }
 
 }  // namespace hivilt::HIVILT_ISA

@@ -124,6 +124,7 @@ class RowBrackets {
     store(below, highest_below);
     for (int64_t l = 0; l < kLanes; ++l) {
       if (!(open >> l & 1)) continue;
+      const float low = low_[l], high = high_[l];
       // A count jumps over many floats at a time where values repeat: move to values that occur.
       if (count[l] >= static_cast<float>(k)) {
         low_[l] = above[l];  // nothing lies between the middle and the least value that reaches it
@@ -135,7 +136,9 @@ class RowBrackets {
       const bool enough = count_low_[l] - static_cast<float>(k) <= static_cast<float>(slack);
       // What reaches `low` but not `high` equals `low` once no float lies in between.
       const bool tie = static_cast<int64_t>(ordered_bits(high_[l])) - ordered_bits(low_[l]) <= 1;
-      if (enough || tie) open &= ~(1u << l);
+      // Where subnormals count as zeros a bracket may stop moving.
+      const bool stuck = low_[l] == low && ordered_bits(high_[l]) == ordered_bits(high);
+      if (enough || tie || stuck) open &= ~(1u << l);
     }
     return open;
   }

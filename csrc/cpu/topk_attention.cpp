@@ -29,10 +29,22 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Describing the call.
 
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      if (x.scalar_type() != ScalarType::Half) reject("dtype", "float32, bfloat16 or float16", "another");
+      return DType::kFloat16;
+  }
+}
+
 Operand operand(Tensor& x, bool packed) {
   // Kernels read rows of adjacent elements; any other stride is free.
   if (x.size(3) > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
-  return {static_cast<char*>(x.data_ptr()), packed ? 0 : x.stride(0), x.stride(1), x.stride(2)};
+  return {static_cast<char*>(x.data_ptr()), packed ? 0 : x.stride(0), x.stride(1), x.stride(2), dtype_of(x)};
 }
 
 void succeed(AOTITorchError error) {
@@ -116,17 +128,6 @@ struct Call {
     if (mask_) set_mask(*mask_);
   }
 
-  static DType dtype_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-      case ScalarType::Float:
-        return DType::kFloat32;
-      case ScalarType::BFloat16:
-        return DType::kBFloat16;
-      default:
-        if (x.scalar_type() != ScalarType::Half) reject("query", "float32, bfloat16 or float16", "another dtype");
-        return DType::kFloat16;
-    }
-  }
   void set_value(const Tensor& value_) {
     value = value_;
     p.e = value.size(3);

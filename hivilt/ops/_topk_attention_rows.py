@@ -18,13 +18,15 @@ CPU_WIDTH = 256
 _library.load()
 
 
-def _why_not_cpu(query: Tensor, value: Tensor) -> str:
+def _why_not_cpu(query: Tensor, value: Tensor, select_query: Tensor | None) -> str:
     """Every reason at once; empty when there is none."""
     reasons = [_library.load_failure()] if _library.load_failure() else []
     if not query.is_cpu:
         reasons.append(f"the tensors are on {query.device}")
     if query.dtype not in CPU_DTYPES:
         reasons.append(f"dtype {str(query.dtype)[6:]}: the kernels take float32, bfloat16 and float16")
+    if select_query is not None and select_query.dtype not in CPU_DTYPES:
+        reasons.append(f"select_query of dtype {str(select_query.dtype)[6:]}: the kernels judge by float32 at most")
     D, E = query.shape[-1], value.shape[-1]
     if max(D, E) > CPU_WIDTH:
         reasons.append(f"D = {D}, E = {E}: the kernels take up to {CPU_WIDTH}")
@@ -50,25 +52,6 @@ _twins: dict[str, Callable] = {}
 _attend, _select, _attend_selected, _backward = map(_call, schema.SCHEMAS)
 
 
-def _topk_attention_cpu(*args):
-    """Kernels want one dtype; a selection source of another is judged as it is, in float32, which is exact."""
-    if args[8] is None or args[8].dtype == args[0].dtype:
-        return _attend(*args)
-    query, key, value, topk, axis, attn_mask = args[:6]
-    if topk < 0:  # dense: there is nothing to select
-        return _attend(*args[:8], None, None, *args[10:])
-    lists = _topk_select_cpu(query, key, *args[3:12], args[13])
-    out, lse = _attend_selected(query, key, value, lists, axis, attn_mask, *args[10:13], args[13], args[14])
-    return out, lse, lists
-
-
-def _topk_select_cpu(*args):
-    query, key, select_query, select_key = args[0], args[1], args[7], args[8]
-    if select_query is not None and select_query.dtype != query.dtype:
-        args = (query.float(), key.float(), *args[2:7], select_query.float(), select_key.float(), *args[9:])
-    return _select(*args)
-
-
 def _no_kernel(kind: str) -> Callable:
     reason = f"hivilt {VERSION} ships no {kind} kernel for topk_attention"
     return lambda *args: reason
@@ -78,13 +61,16 @@ def _absent(*args):
     raise AssertionError("a row whose why_not always refuses was run")
 
 
-def _operation(name: str, public: str, query_at: int, value_at: int, run_cpu: Callable) -> Operation:
+def _operation(
+    name: str, public: str, query_at: int, value_at: int, run_cpu: Callable, select_at: int | None = None
+) -> Operation:
     def why_not_cpu(*args):
-        query = args[query_at]
+        query, select_query = args[query_at], None if select_at is None else args[select_at]
         fits = query.shape[3] <= CPU_WIDTH and args[value_at].shape[3] <= CPU_WIDTH
-        if fits and query.dtype in CPU_DTYPES and query.is_cpu and _library.loaded:
+        judges = select_query is None or select_query.dtype in CPU_DTYPES
+        if fits and judges and query.dtype in CPU_DTYPES and query.is_cpu and _library.loaded:
             return None
-        return _why_not_cpu(query, args[value_at])
+        return _why_not_cpu(query, args[value_at], select_query)
 
     def run(*args):  # the opaque operator, on real tensors
         return choose(operation, args[-1], args[:-1]).run(*args[:-1])
@@ -100,8 +86,8 @@ def _operation(name: str, public: str, query_at: int, value_at: int, run_cpu: Ca
     return operation
 
 
-TOPK_ATTENTION = _operation("topk_attention", "topk_attention", 0, 2, _topk_attention_cpu)
-TOPK_SELECT = _operation("topk_select", "topk_select", 0, 0, _topk_select_cpu)
+TOPK_ATTENTION = _operation("topk_attention", "topk_attention", 0, 2, _attend, select_at=8)
+TOPK_SELECT = _operation("topk_select", "topk_select", 0, 0, _select, select_at=7)
 SELECTED_ATTENTION = _operation("selected_attention", "selected_attention", 0, 2, _attend_selected)
 BACKWARD = _operation("topk_attention_backward", "topk_attention", 2, 4, _backward)
 
