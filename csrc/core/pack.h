@@ -171,7 +171,8 @@ struct WideRows {
   void fill_or_view(int64_t n, DType dtype, int64_t token_stride, Row source) {
     if (n > 0 && dtype == DType::kFloat32 && width == stride && token_stride == stride) {
       data = reinterpret_cast<float*>(source(0));
-      prefetch_row<false>(data, n * stride * 4);
+      constexpr int64_t kNear = 512 << 10;  // more would push itself out of a second-level cache
+      prefetch_row<false>(data, smaller(n * stride * 4, kNear));
     } else {
       fill(n, dtype, source);
     }
