@@ -58,7 +58,7 @@ struct Problem {
   const float* grad_lse = nullptr;  // (B, H, Q) or null
   float* pair_weights = nullptr;    // (B, H, list rows, topk): what met the value, and the gradient of the score;
   float* pair_scores = nullptr;     //   written by the row pass of backward, read by the others
-  float* grad_mask = nullptr;       // fp32, shape of the mask
+  double* grad_mask = nullptr;      // shape of the mask
   int64_t mask_size[4] = {1, 1, 1, 1};
 
   HIVILT_INLINE int64_t queries_of(int64_t b) const {

@@ -420,8 +420,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
   Tensor grad_mask = empty({0}, dtype_code(query));
   if (bias_grad) {
     grad_mask = torch::stable::new_zeros(query, {p.mask_size[0], p.mask_size[1], p.mask_size[2], p.mask_size[3]},
-                                         ScalarType::Float);
-    p.grad_mask = static_cast<float*>(grad_mask.data_ptr());
+                                         ScalarType::Double);
+    p.grad_mask = static_cast<double*>(grad_mask.data_ptr());
   }
   // One pass over a head computes each pair once; two passes find work for more threads than there are heads.
   const int64_t slices = p.batch * p.kv_heads;
@@ -462,7 +462,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
       if (bias_grad) run(kernels().selected_backward_mask, p, slice_tasks(p.mask_size[0], p.mask_size[1]));
     }
   }
-  if (bias_grad && call.mask.scalar_type() != ScalarType::Float) {
+  if (bias_grad) {
     grad_mask = torch::stable::to(grad_mask, call.mask.scalar_type());
   }
   return {grad_query, grad_key, grad_value, grad_mask};
