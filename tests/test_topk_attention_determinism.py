@@ -148,3 +148,22 @@ def test_longer_topk_than_row_changes_no_bit(where):
     for topk in (N, N + 1, N + 500):
         for a, b in zip(op(**x | {"topk": topk}, return_lse=True, backend=backend), dense, strict=True):
             assert torch.equal(a, b), f"topk={topk}"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_masked_keys_beside_many_queries(where, threads):
+    """Gradients of keys sum over 700 queries, in links whose length must not depend on how many keys there are."""
+    backend, device = where
+    torch.set_num_threads(threads)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 24, generator=g).to(device) for n in (700, 60, 60))
+    grads = []
+    for more in (0, 3, 17, 90):
+        leaves = [q.clone(), F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))]
+        leaves = [x.requires_grad_() for x in leaves]
+        mask = torch.arange(60 + more, device=device)[None] < 60
+        out = op(*leaves, 16, key_mask=mask, backend=backend)
+        grads.append([x[:, :, : 700 if i == 0 else 60] for i, x in enumerate(
+                      torch.autograd.grad(out, leaves, torch.ones_like(out)))])  # fmt: skip
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
