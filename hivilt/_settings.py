@@ -64,6 +64,16 @@ def log_dispatch() -> bool:
     return _now.get("HIVILT_LOG") == "dispatch"
 
 
+def interprets() -> bool:
+    """True when Triton has been told to run its kernels in its interpreter, on the CPU; Triton's variable, not ours."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cache_folder() -> str:
+    """Where files of the user's that can be made again belong."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hivilt")
+
+
 def cuda() -> str:
     """What the build does about CUDA C++: "auto", "0" or "1"."""
     return _now.get("HIVILT_CUDA", "auto")

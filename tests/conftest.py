@@ -1,5 +1,6 @@
 """Seeds, threads, and one parameter per backend that can run here; the package itself is asked which can."""
 
+import importlib.util
 import os
 
 # Before torch starts OpenMP: waiting threads sleep. Spinning ones make small calls ten times slower on a busy machine.
@@ -8,7 +9,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run in the interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import hivilt
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.make_fast()
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -22,6 +31,36 @@ def verdict(name: str, device: str) -> str | None:
     except hivilt.BackendError as refusal:
         return str(refusal)
     return None
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SAMPLE = 3
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--interpret-all", action="store_true", help="every case of every test through Triton's interpreter"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test that the interpreter runs, which takes a second per small call, the first, middle and last case;
+    malformed
+    calls, which reach no kernel, all.  test_triton_kernels.py walks through every kernel."""
+    if not INTERPRETED or config.getoption("--interpret-all"):
+        return
+    groups: dict[str, list] = {}
+    for item in items:
+        where = getattr(item, "callspec", None) and item.callspec.params.get("where")
+        if where == ("triton", "cpu") and "errors" not in item.path.stem:
+            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+    dropped = set()
+    for group in groups.values():
+        kept = {round(i * (len(group) - 1) / max(1, SAMPLE - 1)) for i in range(SAMPLE)}
+        dropped.update(id(item) for i, item in enumerate(group) if i not in kept)
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
+        items[:] = [item for item in items if id(item) not in dropped]
 
 
 VERDICTS = {(name, device): verdict(name, device) for name in NAMES for device in DEVICES}

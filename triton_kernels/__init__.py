@@ -1,9 +1,11 @@
 """Triton kernels of hivilt, imported as ``hivilt.triton_kernels`` and under no other name.
 
-One file per operator family, named like its file in ``hivilt/ops``: the ``@triton.jit`` kernels and a
-``launch_forward`` / ``launch_backward`` that takes tensors and returns tensors. No ``torch.library`` and no autograd
-here; nothing in this package is imported before a CUDA tensor asks for it. Tile algebra that several families share
-goes into ``tiles.py``. This version holds no kernel: the CPU library and the reference serve every operator.
+``<stem>_launch.py`` takes tensors and returns tensors: it decides which kernels run and with which tiles. The kernels
+themselves, ``@triton.jit``, stand beside it in files named after what they compute. ``tiles.py`` is the tile algebra
+that
+they share, ``configs.py`` the table of tile sizes, ``launch.py`` the one place that starts a kernel. No
+``torch.library``
+and no autograd here; nothing in this package is imported before a CUDA tensor (or the interpreter) asks for it.
 """
 
 if __name__ != "hivilt.triton_kernels":

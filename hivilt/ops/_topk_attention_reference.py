@@ -88,7 +88,7 @@ def selected_attention(query, key, value, indices, axis, attn_mask, cu_seqlens_q
     out, lse = _blank_results(query, value)
     for b, part, i, j in _segments(x, cu_seqlens_q, cu_seqlens_k):
         lists = indices[:, :, (i, j)[axis]]
-        _check_lists(lists, (part.key if axis == 0 else part.query).shape[2])
+        check_lists(lists, (part.key if axis == 0 else part.query).shape[2])
         _attend(part, lists, axis, scale, dropout_p, seed, out[:, :, i], lse[:, :, i], b, listed_only=True)
     return out, lse
 
@@ -267,7 +267,7 @@ def _attend_backward(x, lists, axis, scale, dropout_p, seed, upstream, grads, ba
             mine += ds.sum_to_size(mine.shape)
 
 
-def _check_lists(lists: Tensor, width: int) -> None:
+def check_lists(lists: Tensor, width: int) -> None:
     if not lists.numel():
         return
     low, high = (int(v) for v in lists.aminmax())

@@ -11,6 +11,7 @@ from .. import _library
 from .._backends import VERSION, Operation, Row, choose
 from . import _topk_attention_reference as reference
 from . import _topk_attention_schema as schema
+from . import _topk_attention_triton as triton
 
 CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 CPU_WIDTH = 256
@@ -79,7 +80,7 @@ def _operation(
         public,
         Row("reference", lambda *args: None, getattr(reference, name)),
         Row("cpu", why_not_cpu, run_cpu),
-        Row("triton", _no_kernel("Triton"), _absent),
+        Row("triton", triton.why_not(name), getattr(triton, name)),
         Row("cuda", _no_kernel("CUDA C++"), _absent),
     )
     operation.opaque, _twins[name] = schema.define(name, run)

@@ -182,7 +182,8 @@ def judge(
         assert_topk(indices, **{n: t for n, t in x.items() if n != "value"}, exact=exact, repro=repro)
     truth = oracle(**x, indices=indices, grad_out=grads[0], grad_lse=grads[1])
     for name, t in got.items():
-        tight = name == "out" and query.device.type == "cpu"  # only a GPU may round the probabilities
+        # Only the GPU's kernels may round the probabilities, also where they are interpreted.
+        tight = name == "out" and query.device.type == "cpu" and backend != "triton"
         assert_within(t, truth.values[name], truth.budget(name, query.dtype, tight=tight), f"{what}: {name}", repro)
     if tally is not None:
         keywords = {n: x.get(n) for n in ("query", "key", "value", "scale", "attn_mask")}
