@@ -13,13 +13,14 @@ TORCH  := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements-dev.txt)
 STRICT := $(if $(shell command -v $(CXX)),1,0)
 
 BENCH_JSON ?= bench/results/local.json
-GPU_VENV   := .venv-gpu
+GPU_BASE   := $(if $(REHEARSE),$(BIN)/python,$(PYTHON))
+GPU_VENV   := .venv-gpu$(if $(REHEARSE),-rehearsal)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test bench lint gpu clean
+.PHONY: help setup dev demo test bench lint kernel-report gpu clean
 
 help: ## this list
-	@sed -n 's/^\([a-z ]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup dev: $(BUILD) ## create .venv, install everything, build; again: compile what changed
 
@@ -39,25 +40,24 @@ lint: $(DEPS) ## ruff and clang-format, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
+kernel-report: $(BUILD) ## without a GPU: compile every GPU kernel; registers, spills, shared memory
+	@$(BIN)/python -m hivilt.kernel_report
+
 # Uses the machine's own torch, which fits its driver, and all else that it has: an empty environment over its packages.
-gpu: ## on a GPU machine: GPU tests and benchmarks -> bench/results/<gpu>.json
-	@$(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null || \
+# REHEARSE=1 walks through the same lines on a CPU, over the packages of .venv, and leaves bench/results alone.
+gpu: $(if $(REHEARSE),$(BUILD)) ## on a GPU machine: GPU tests and benchmarks -> bench/results/<gpu>.json
+	@test -n "$(REHEARSE)" || $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null || \
 	  { echo "make gpu: no CUDA GPU is visible to the torch of '$(PYTHON)'; nothing was run" >&2; exit 1; }
-	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv --without-pip $(GPU_VENV)
-	@$(PYTHON) -c "import site; print(*site.getsitepackages(), site.getusersitepackages(), sep='\n')" > \
+	@test -x $(GPU_VENV)/bin/python || $(GPU_BASE) -m venv --without-pip $(GPU_VENV)
+	@$(GPU_BASE) -c "import site; print(*site.getsitepackages(), site.getusersitepackages(), sep='\n')" > \
 	  "$$($(GPU_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/machine.pth"
-	@$(GPU_VENV)/bin/python -c "import hypothesis, psutil, pytest, pytest_benchmark, pytest_timeout, tqdm" 2>/dev/null || \
+	@$(GPU_VENV)/bin/python -c "import hypothesis, psutil, pytest, pytest_benchmark, pytest_timeout, setuptools as s, tqdm; \
+	  assert int(s.__version__.split('.')[0]) >= 77" 2>/dev/null || \
 	  $(GPU_VENV)/bin/python -m pip install -q hypothesis psutil pytest pytest-benchmark pytest-timeout tqdm "setuptools>=77" wheel
-	$(GPU_VENV)/bin/python setup.py -q build_ext --inplace
-	@$(GPU_VENV)/bin/python -m pip install -q -e . --no-build-isolation --no-deps
-	$(GPU_VENV)/bin/python -P -m pytest -q -k cuda
-	@mkdir -p bench/results
-	@results=bench/results/$$($(PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))").json; \
-	  set -x; $(GPU_VENV)/bin/python -P -m pytest bench/ --benchmark-only --benchmark-json=$$results && \
-	  $(GPU_VENV)/bin/python -P bench/report.py $$results
+	@$(GPU_VENV)/bin/python bench/gpu.py $(if $(REHEARSE),--rehearse)
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist hivilt.egg-info hivilt/*.so hivilt/_build_info.json $(BUILD) $(GPU_VENV)
+	rm -rf build dist hivilt.egg-info hivilt/*.so hivilt/_build_info.json $(BUILD) .venv-gpu .venv-gpu-rehearsal
 
 $(DEPS): requirements-dev.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

@@ -12,11 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside t
 import psutil
 import pytest
 import torch
-from race import Outcome, Settings, run_race
+from device import DEVICE, LIKE_GPU, REHEARSED
+from machine import describe
+from race import Outcome, Settings, WarmUp, run_race
 from roofline import measure
-
-import hivilt
-from hivilt import info
 
 BUSY = 0.1  # share of all CPUs used by others, above which times are not worth quoting
 PATIENCE_S = 20
@@ -29,26 +28,13 @@ def pytest_addoption(parser):
     group.addoption("--threads", type=int, default=2, help="threads of torch and hivilt (default 2, at most the CPUs)")
     group.addoption("--rounds", type=int, default=None, help="rounds of every race; default: as many as are worth it")
     group.addoption("--no-memory", action="store_true", help="leave out peak memory")
+    group.addoption("--until", type=float, default=float("inf"), help="seconds since the epoch: no race starts later")
+    group.addoption("--warm-up", action="store_true", help="call every rival once and measure nothing")
 
 
 def pytest_configure(config):
     if config.getoption("benchmark_columns", None) is None:
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
-
-
-def machine(threads: int) -> dict:
-    """What a figure depends on beside the code."""
-    gpus = info.cuda_devices()
-    return {
-        "cpu": info.cpu_model(),
-        "cpus": psutil.cpu_count(),
-        "isa": info.isa_in_use() or "none",
-        "threads": threads,
-        "gpu": gpus[0] if gpus else None,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "hivilt": hivilt.__version__,
-    }
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +43,15 @@ def settings(request) -> Settings:
     global _settings
     threads = min(request.config.getoption("threads"), len(os.sched_getaffinity(0)))
     torch.set_num_threads(threads)
-    wait_until_quiet()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    peak = measure(device)
-    facts = machine(threads) | {"gflops_of_matmul": peak.flops / 1e9, "gb_per_s_of_copy": peak.bytes / 1e9}
-    _settings = Settings(
-        threads, request.config.getoption("rounds"), peak, facts, not request.config.getoption("no_memory")
-    )
+    if not REHEARSED:
+        wait_until_quiet()
+    dtype = torch.bfloat16 if LIKE_GPU else torch.float32
+    peak = measure(DEVICE, dtype)
+    facts = describe(threads) | {"gflops_of_matmul": peak.flops / 1e9, "gb_per_s_of_copy": peak.bytes / 1e9}
+    if LIKE_GPU:
+        facts["matmul"] = str(dtype)[6:]
+    option = request.config.getoption
+    _settings = Settings(threads, option("rounds"), peak, facts, not option("no_memory"), option("until"))
     return _settings
 
 
@@ -75,8 +63,11 @@ def wait_until_quiet() -> None:
 
 
 @pytest.fixture(scope="session")
-def race(settings):
+def race(request):
     """``race(title, entries, seconds)`` -> Outcome; run once, for the first of its tests."""
+    if request.config.getoption("warm_up"):
+        return lambda title, entries, seconds: WarmUp(entries)
+    settings = request.getfixturevalue("settings")
     outcomes: dict[str, Outcome] = {}
 
     def once(title: str, entries: dict, seconds: float) -> Outcome:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
+from stopwatch import Clock, Events
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 80
 
@@ -49,7 +50,7 @@ def take_turns(
     seconds: float,
     rounds: int | None = None,
     calls: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    stopwatch: Clock | Events | None = None,
 ) -> dict[str, list[float]]:
     """Samples, in seconds per call, of every rival: entry i of each list was taken in round i.
 
@@ -57,17 +58,16 @@ def take_turns(
         seconds: how long to go on, within MIN_ROUNDS and MAX_ROUNDS.
         rounds: that many instead.
         calls: how often a rival is called per sample.
-        wait: waits for the device; inside the sample.
+        stopwatch: takes a sample; the CPU's clock by default.
 
     The order within a round is shuffled, because the call before leaves its caches and waiting threads behind.
     """
     shuffle = random.Random(0).shuffle
+    stopwatch = stopwatch or Clock()
     order = list(rivals)
     samples: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():  # warm-up
-        for _ in range(calls):
-            run()
-        wait()
+    for run in rivals.values():
+        stopwatch.warm_up(run, calls)
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -77,12 +77,7 @@ def take_turns(
         while done < least or (done < most and time.perf_counter() - start < seconds):
             shuffle(order)
             for name in order:
-                run = rivals[name]
-                before = time.perf_counter()
-                for _ in range(calls):
-                    run()
-                wait()
-                samples[name].append((time.perf_counter() - before) / calls)
+                samples[name].append(stopwatch.time(rivals[name], calls))
             done += 1
     finally:
         if collects:

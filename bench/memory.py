@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
+import device
 import torch
 from rivals import Case, draw, runner
 
@@ -20,10 +22,10 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["__main__", "torch"])
 
 
-def peak_bytes(name: str, case: Case, threads: int, timeout_s: float = 120) -> int | None:
-    """Peak memory of one call of a rival; None where it cannot be measured."""
-    if case.device == "cuda":
-        return _peak_of_allocator(name, case)
+def peak_bytes(name: str, case: Case, threads: int, run: Callable[[], object], timeout_s: float = 120) -> int | None:
+    """Peak memory of one call of a rival, ``run`` in this process; None where it cannot be measured."""
+    if device.LIKE_GPU:
+        return device.peak_bytes(run)
     if not Path("/proc/self/clear_refs").exists():
         return None
     ours, theirs = _server.Pipe()
@@ -60,15 +62,3 @@ def _child(pipe, name: str, case: Case, threads: int) -> None:
 def _status(field: str) -> int:
     line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
     return int(line.split()[1])
-
-
-def _peak_of_allocator(name: str, case: Case) -> int:
-    call = runner(name, case, draw(case))
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = call()
-    torch.cuda.synchronize()
-    del results
-    return torch.cuda.max_memory_allocated() - before

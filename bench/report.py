@@ -13,7 +13,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-ORDER = ("eager", "compile", "sdpa_masked", "sdpa", "hivilt_fp32", "hivilt", "floor")
+import gpu_targets
+
+ORDER = (
+    "eager", "compile", "flex", "sdpa_masked", "efficient_masked", "cudnn_masked", "math_masked", "sdpa", "flash",
+    "efficient", "cudnn", "math", "hivilt_fp32", "hivilt", "floor",
+)  # fmt: skip
 MARKS = "<!-- benchmarks: {} -->", "<!-- end of benchmarks -->"
 
 # What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
@@ -51,9 +56,24 @@ class Results:
     def device(self) -> str:
         return "cuda" if self.machine.get("gpu") else "cpu"
 
+    @property
+    def like_gpu(self) -> bool:
+        return self.device == "cuda" or bool(self.machine.get("rehearsal"))
+
+    @property
+    def shapes(self) -> list[str]:
+        return list(gpu_targets.names(self.machine).values()) if self.like_gpu else list(SHAPES)
+
+    @property
+    def dtype(self) -> str:
+        """That of the races of the shapes."""
+        return gpu_targets.DTYPE if self.like_gpu else "fp32"
+
     def describe(self) -> str:
         m = self.machine
         where = m.get("gpu") or f"{m.get('cpu')}, instruction set in use: {m.get('isa')}"
+        if m.get("rehearsal"):
+            where = f"A rehearsal of the GPU's benchmarks, whose figures mean nothing, on {where}"
         dirty = " with uncommitted changes" if self.commit.get("dirty") else ""
         return (
             f"{where}; {m.get('threads')} threads on {m.get('cpus')} CPUs; torch {m.get('torch')}; hivilt "
@@ -109,6 +129,8 @@ def targets(results: Results) -> str:
             [what, shape, f"{ms(time)} ms", spread(quartiles, at_most), f"{sign}{target:g}", "yes" if reached else "no"]
         )
 
+    if results.like_gpu:
+        rows = gpu_targets.rows(results, ms, spread)
     for i, direction in enumerate(DIRECTIONS):
         for rival, name in (("eager", "eager"), ("sdpa", "dense SDPA")):
             for shape, goals in SHAPES.items():
@@ -211,6 +233,17 @@ def errors(results: Results) -> str:
     return table(["largest error: output, worst gradient", *names], rows)
 
 
+def left_out(results: Results) -> str:
+    """Rivals that did not run, or computed something else, and why."""
+    rows = []
+    for group, rivals in results.groups.items():
+        reasons = {}
+        for name in rivals:
+            reasons |= results.fact(group, name, "left_out") or {}
+        rows += [[group.removeprefix("topk_attention "), name, why] for name, why in reasons.items()]
+    return table(["race", "rival", "why it was left out"], rows)
+
+
 def possible(results: Results) -> str:
     """What the operation must at least do, how long torch's own matrix product and copy would take for as much, and how
     many times faster than that it is done."""
@@ -224,7 +257,8 @@ def possible(results: Results) -> str:
                 ms(facts["torch_s"]), ms(results.median(group, "hivilt")), f"{facts['speed_vs_torch']:.2f}",
             ])  # fmt: skip
     said = (
-        f"On this machine torch multiplies big fp32 matrices at {m.get('gflops_of_matmul', 0):.0f} Gflop/s and copies "
+        f"On this machine torch multiplies big {m.get('matmul', 'fp32')} matrices at "
+        f"{m.get('gflops_of_matmul', 0):.0f} Gflop/s and copies "
         f"{m.get('gb_per_s_of_copy', 0):.0f} GB/s. Selecting is not counted as work.\n\n"
     )
     head = ["hivilt", "Gflop needed", "MiB needed", "ms at torch's speed", "measured, ms", "times torch's speed"]
@@ -240,7 +274,7 @@ def draw(results: Results, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("eager", "compile", "sdpa", "hivilt", "floor")
+    names = ("eager", "compile", "flash" if results.like_gpu else "sdpa", "hivilt", "floor")
     labels = ("eager", "torch.compile", "dense SDPA", "hivilt", r"$QK^T$ alone")
     colours = ("#b0b0b0", "#8c8c8c", "#5b8db8", "#d1495b", "#e8d9a0")
     panels = (("forward", "time, ms", "forward"), ("forward+backward", "time, ms", "forward+backward"),
@@ -248,8 +282,8 @@ def draw(results: Results, path: Path) -> bool:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for axis, (direction, unit, title) in zip(axes, panels, strict=True):
         for j, (name, label, colour) in enumerate(zip(names, labels, colours, strict=True)):
-            for i, shape in enumerate(SHAPES):
-                group = f"topk_attention {direction} {shape}-fp32-{results.device}"
+            for i, shape in enumerate(results.shapes):
+                group = f"topk_attention {direction} {shape}-{results.dtype}-{results.device}"
                 bench = results.groups.get(group, {}).get(name)
                 value = bench and (
                     1e3 * bench["stats"]["median"]
@@ -272,8 +306,8 @@ def draw(results: Results, path: Path) -> bool:
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(unit)
         axis.set_xticks(
-            range(len(SHAPES)),
-            [shape.replace("-Q", "\nQ").replace("-D64-", "\n").replace("-", " ") for shape in SHAPES],
+            range(len(results.shapes)),
+            [shape.replace("-Q", "\nQ").replace("-D64-", "\n").replace("-", " ") for shape in results.shapes],
         )
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -285,10 +319,11 @@ def draw(results: Results, path: Path) -> bool:
 
 
 def shapes_only(results: Results) -> Results:
-    """The races of the three shapes in fp32, and in bf16."""
+    """The races of the three shapes, and on a CPU those in bf16."""
     picked = copy.copy(results)
-    wanted = [f"topk_attention {d} {shape}-fp32-{results.device}" for d in DIRECTIONS for shape in SHAPES]
-    wanted += [f"topk_attention forward {shape}-bf16-{results.device}" for shape in SHAPES]
+    shapes = results.shapes
+    wanted = [f"topk_attention {d} {shape}-{results.dtype}-{results.device}" for d in DIRECTIONS for shape in shapes]
+    wanted += [f"topk_attention forward {shape}-bf16-{results.device}" for shape in shapes if not results.like_gpu]
     picked.groups = {group: results.groups[group] for group in wanted if group in results.groups}
     return picked
 
@@ -310,6 +345,8 @@ def compose(results: Results, picture: str | None) -> str:
     if picture:
         parts.append(f"![times and memory]({picture})")
     sections = (("Times", times), ("Memory", memory), ("Errors", errors), ("Work", possible), ("Others", others))
+    if results.like_gpu:
+        sections += (("Left out", left_out),)
     for title, body in sections:
         parts += [f"## {title}", body.__doc__.split("\n\n")[0].replace("\n   ", ""), body(results)]
     return "\n\n".join(parts) + "\n"

@@ -3,6 +3,8 @@
 eager    plain PyTorch: scores, torch.topk, mask, softmax, matmul        compile   torch.compile of it
 sdpa     dense scaled_dot_product_attention, which keeps everything      sdpa_masked   the same with the top-k mask
 hivilt   hivilt.ops.topk_attention on this device's fastest backend      floor     Q K^T alone into memory that is there
+
+More of them, for the GPU alone, are in gpu_rivals.py.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from dataclasses import dataclass, replace
 import roofline
 import torch
 import torch.nn.functional as F
+from device import LIKE_GPU, REHEARSED
 from torch import Tensor
 
 import hivilt
 
 INF = float("inf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DENSE = ("sdpa", "flash", "efficient", "cudnn", "math")  # rivals that keep every pair
 CLOSE = 4e-6  # scores of fp32 implementations differ by less, relative to the spread of the scores
 
 
@@ -74,11 +78,13 @@ class Case:
 
 
 def hivilt_backend(device: str) -> str | None:
-    """The backend with a kernel for this device; None where only the reference would run."""
+    """The backend with a kernel for this device; None where only the reference would run.  A rehearsal interprets the
+    GPU's kernels; nothing else does, wherever Triton's interpreter is switched on."""
+    names = ("cuda", "triton") if device == "cuda" or REHEARSED else ("cpu",)
     x = torch.zeros(1, 1, 2, 8, device=device)
     with contextlib.redirect_stdout(io.StringIO()):
         verdicts = hivilt.explain("topk_attention", x, x, x, topk=1)
-    return next((name for name in ("cuda", "triton", "cpu") if verdicts[name] is None), None)
+    return next((name for name in names if verdicts[name] is None), None)
 
 
 # The inputs.
@@ -110,7 +116,7 @@ def draw(case: Case) -> dict[str, Tensor]:
         x |= {"query": x["query"].abs(), "key": line.expand(B, H, N, D) + 0.01 * normal(B, H, N, D)}
     if case.shared:
         x |= {"select_query": normal(B, Q, case.shared), "select_key": normal(B, N, case.shared)}
-    if case.topk is not None and case.dtype == "fp32" and case.data == "normal":
+    if case.topk is not None and case.data == "normal" and (case.dtype == "fp32" or LIKE_GPU):
         separate(case, x, normal)
     if case.backward:
         x["grad_out"] = normal(B, H, Q, D)
@@ -124,7 +130,7 @@ def separate(case: Case, x: dict[str, Tensor], normal: Callable) -> None:
     if case.axis == "queries":
         a, b = b, a
     for _ in range(50):
-        scores = a.double() @ b.double().T
+        scores = a.to(DTYPES[case.dtype]).double() @ b.to(DTYPES[case.dtype]).double().T
         best = scores.topk(min(case.topk + 1, scores.shape[1])).values
         unclear = best[:, case.topk - 1 : -1].sub(best[:, case.topk :]).lt(CLOSE * scores.std()).any(1)
         if not unclear.any():
@@ -142,29 +148,42 @@ def judged(x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def eager(case: Case, x: dict[str, Tensor]) -> Callable:
-    scale, dim = 1 / math.sqrt(case.D), -1 if case.axis == "keys" else -2
+    scale = 1 / math.sqrt(case.D)
 
     def topk_by_mask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scores = (query @ key.mT) * scale
         if case.topk is None:
             return scores.softmax(-1) @ value
-        kept = top_pairs(scores)
+        kept = top_pairs(case, x, scores)
         if case.axis == "keys":
             return scores.masked_fill(~kept, -INF).softmax(-1) @ value
         # A query may keep nothing, of which softmax would make NaN.
         return scores.masked_fill(~kept, -1e30).softmax(-1).masked_fill(~kept, 0.0) @ value
 
-    def top_pairs(scores: Tensor) -> Tensor:
-        if case.shared:
-            scores = (x["select_query"] @ x["select_key"].mT).unsqueeze(1)
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, scores.topk(case.topk, dim).indices, True)
-
     return topk_by_mask
+
+
+def selecting(case: Case, x: dict[str, Tensor], scores: Tensor) -> Tensor:
+    """The scores by which plain PyTorch selects, as it rounds them."""
+    return (x["select_query"] @ x["select_key"].mT).unsqueeze(1) if case.shared else scores
+
+
+def top_pairs(case: Case, x: dict[str, Tensor], scores: Tensor) -> Tensor:
+    """What plain PyTorch keeps."""
+    dim = -1 if case.axis == "keys" else -2
+    scores = selecting(case, x, scores)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, scores.topk(case.topk, dim).indices, True)
+
+
+def top_lists(case: Case, x: dict[str, Tensor]) -> Tensor:
+    """The same as indices, laid out like those of hivilt."""
+    scores = selecting(case, x, (x["query"] @ x["key"].mT) * (1 / math.sqrt(case.D)))
+    return scores.topk(case.topk).indices if case.axis == "keys" else scores.topk(case.topk, -2).indices.mT
 
 
 def compiled(case: Case, x: dict[str, Tensor]) -> Callable:
     torch._dynamo.reset()
-    return torch.compile(eager(case, x), fullgraph=True, dynamic=False)
+    return torch.compile(eager(case, x), fullgraph=True, dynamic=False, backend="eager" if REHEARSED else "inductor")
 
 
 def sdpa(case: Case, x: dict[str, Tensor]) -> Callable:
@@ -173,9 +192,7 @@ def sdpa(case: Case, x: dict[str, Tensor]) -> Callable:
 
 def sdpa_masked(case: Case, x: dict[str, Tensor]) -> Callable:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scores = (x["select_query"] @ x["select_key"].mT).unsqueeze(1)
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(case.topk, -1).indices, True)
-        return F.scaled_dot_product_attention(query, key, value, kept)
+        return F.scaled_dot_product_attention(query, key, value, top_pairs(case, x, query))
 
     return attend
 
@@ -199,6 +216,7 @@ def floor(case: Case, x: dict[str, Tensor]) -> Callable:
 RIVALS = {
     "eager": eager, "compile": compiled, "sdpa": sdpa, "sdpa_masked": sdpa_masked, "hivilt": ours, "floor": floor,
 }  # fmt: skip
+MAY_REFUSE = {"compile"}  # rivals that some machines or shapes have no kernel for: left out, with the reason
 
 
 def runner(name: str, case: Case, x: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:

@@ -22,7 +22,7 @@ class Cost(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """Of torch on this machine: flops per second of a big fp32 matrix product, bytes per second of a big copy."""
+    """Of torch on this machine: flops per second of a big matrix product, bytes per second of a big copy."""
 
     flops: float
     bytes: float
@@ -55,15 +55,17 @@ def scores(B, H, Q, N, D, item: int = 4) -> Cost:
     return Cost(2 * B * H * Q * N * D, item * B * H * (Q * D + N * D + Q * N))
 
 
-def measure(device: str) -> Peak:
+def measure(device: str, dtype: torch.dtype = torch.float32) -> Peak:
     """The best of a few matrix products and copies that fill neither time nor memory."""
-    n, size = (4096, 1 << 28) if device == "cuda" else (1024, 1 << 25)
-    a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
+    n, size = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 25)
+    a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
     x, y = (torch.ones(size // 4, device=device) for _ in range(2))
 
     def best(run) -> float:
         times = []
         for _ in range(8):
+            if device == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
             run()
             if device == "cuda":

@@ -34,7 +34,6 @@ def verdict(name: str, device: str) -> str | None:
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SAMPLE = 3
 
 
 def pytest_addoption(parser):
@@ -44,23 +43,21 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test that the interpreter runs, which takes a second per small call, the first, middle and last case;
-    malformed
-    calls, which reach no kernel, all.  test_triton_kernels.py walks through every kernel."""
+    """Through the interpreter, where a small call takes a second, go malformed calls and one case of each test of masks
+    and of lists; test_triton_kernels.py walks through every kernel at sizes made for it."""
     if not INTERPRETED or config.getoption("--interpret-all"):
         return
     groups: dict[str, list] = {}
     for item in items:
-        where = getattr(item, "callspec", None) and item.callspec.params.get("where")
-        if where == ("triton", "cpu") and "errors" not in item.path.stem:
+        if getattr(item, "callspec", None) and item.callspec.params.get("where") == ("triton", "cpu"):
             groups.setdefault(item.nodeid.split("[")[0], []).append(item)
     dropped = set()
-    for group in groups.values():
-        kept = {round(i * (len(group) - 1) / max(1, SAMPLE - 1)) for i in range(SAMPLE)}
-        dropped.update(id(item) for i, item in enumerate(group) if i not in kept)
-    if dropped:
-        config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
-        items[:] = [item for item in items if id(item) not in dropped]
+    for name, group in groups.items():
+        if "errors" not in name:
+            kept = group[len(group) // 2] if "masks" in name or "select" in name else None
+            dropped.update(id(item) for item in group if item is not kept)
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
+    items[:] = [item for item in items if id(item) not in dropped]
 
 
 VERDICTS = {(name, device): verdict(name, device) for name in NAMES for device in DEVICES}

@@ -15,11 +15,15 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # as ben
 pytest.importorskip("pytest_benchmark")
 
 import compare
+import device
+import gpu_rivals
+import gpu_targets
 import interleave
 import race
 import report
 import rivals
 import roofline
+import stopwatch
 from gate import Gate
 
 TINY = rivals.Case(2, 2, 21, 19, 8, 5)
@@ -78,6 +82,70 @@ def test_race_does_not_time_a_wrong_rival(monkeypatch):
         outcome.hand_over(None, "eager")
 
 
+@needs_kernel
+@pytest.mark.parametrize("name", ["flash", "math", "math_masked", "flex"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rivals_of_the_gpu_agree_with_the_oracle(monkeypatch, name, dtype):
+    monkeypatch.setattr(gpu_rivals, "REHEARSED", True)  # FlexAttention as it is: compiling it takes a minute
+    case = replace(TINY, dtype=dtype, backward=name != "flex")
+    monkeypatch.setattr(rivals, "LIKE_GPU", True)  # selections are clear in half types too
+    x = rivals.draw(case)
+    errors = Gate(case, x).check(name, race.first_call(name, case, x)[1])
+    assert max(errors.values()) < (1e-5 if dtype == "fp32" else 0.1)
+
+
+@needs_kernel
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_thresholds_keep_what_we_keep(axis):
+    case = replace(TINY, axis=axis)
+    x = rivals.draw(case)
+    bars = gpu_rivals.thresholds(case, x)
+    scores = x["query"] @ x["key"].mT / case.D**0.5
+    kept = scores >= (bars[..., None] if axis == "keys" else bars[..., None, :])
+    assert torch.equal(kept.sum(-1 if axis == "keys" else -2), torch.full_like(bars, case.topk, dtype=torch.int64))
+    indices = hivilt.ops.topk_select(x["query"], x["key"], case.topk, axis=axis, backend="cpu")
+    assert torch.equal(kept, hivilt.testing.pairs_from_indices(indices, case.Q, case.N, case.H, axis))
+
+
+@needs_kernel
+def test_half_types_are_judged_through_what_plain_torch_keeps(monkeypatch):
+    case = replace(TINY, dtype="bf16", N=400, topk=40)  # so many scores that some are equal in bfloat16
+    x = rivals.draw(case)
+    gate, results = Gate(case, x), rivals.runner("eager", case, x)()
+    assert gate.check("eager", results)["out"] < 0.05
+    with pytest.raises(AssertionError):
+        gate.check("eager", [t.flip(-2) for t in results])
+    monkeypatch.setattr(rivals, "selecting", lambda case, x, scores: -scores)
+    with pytest.raises(AssertionError, match="far below the best"):
+        Gate(case, x).check("eager", results)
+
+
+@pytest.mark.parametrize("name", ["efficient", "cudnn_masked"])
+def test_a_refusal_carries_its_reason(name):
+    """The CPU has no such kernel of scaled_dot_product_attention."""
+    with pytest.raises(race.Refusal, match=r"viable backend|[Nn]o available kernel"):
+        race.first_call(name, TINY, rivals.draw(TINY))
+
+
+@needs_kernel
+def test_race_on_a_gpu_leaves_out_what_is_wrong_or_refuses(monkeypatch):
+    for module in (race, rivals):
+        monkeypatch.setattr(module, "LIKE_GPU", True)
+    monkeypatch.setattr(race, "stopwatch", lambda: stopwatch.Events(gpu=device.StandIn(), device="cpu"))
+    monkeypatch.setattr(device, "LIKE_GPU", True)
+    monkeypatch.setitem(rivals.RIVALS, "math", lambda case, x: lambda q, k, v: torch.full_like(q, torch.nan))
+    settings = race.Settings(2, 2, roofline.Peak(1e9, 1e9), {"cpu": "test"})
+    names = ("eager", "flash", "efficient", "math", "hivilt")
+    outcome = race.run_race("tiny", {name: (name, TINY) for name in names}, 0, settings)
+    assert list(outcome.samples) == ["eager", "flash", "hivilt"] and not outcome.failed
+    assert "wrong result, not timed" in outcome.skipped["math"] and "efficient" in outcome.skipped
+    facts = outcome.facts["hivilt"]
+    assert facts["left_out"] == outcome.skipped and facts["ratio_vs_flash"]["median"] > 0 and facts["peak_bytes"] == 0
+    assert outcome.facts["flash"]["ran"].endswith("FLASH_ATTENTION alone") and facts["ran"] == "hivilt backend cpu"
+    late = race.run_race("late", {"eager": ("eager", TINY)}, 0, replace(settings, until=0.0))
+    assert not late.samples and "no time" in late.skipped["eager"]
+
+
 @pytest.mark.parametrize("case", VARIANTS[:3], ids=str)
 def test_judged_selections_are_clear(case):
     head = rivals.judged(rivals.draw(case))
@@ -96,6 +164,84 @@ def test_turns_are_shuffled_rounds():
     assert {len(times) for times in samples.values()} == {20}
     rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 3
+
+
+class Device(device.StandIn):
+    """A GPU whose clock moves only by what is queued: 2 ms a call."""
+
+    def __init__(self):
+        self.said, self.now = [], 0.0
+
+    def Event(self, enable_timing: bool):
+        return Event(self)
+
+    def call(self) -> None:
+        self.said.append("call")
+        self.now += 2.0
+
+
+class Event:
+    def __init__(self, gpu: Device):
+        self.gpu, self.at = gpu, None
+
+    def record(self) -> None:
+        self.gpu.said.append("event")
+        self.at = self.gpu.now
+
+    def synchronize(self) -> None:
+        self.gpu.said.append("wait")
+
+    def elapsed_time(self, later) -> float:
+        return later.at - self.at
+
+
+def test_events_enclose_the_calls_and_nothing_else():
+    gpu = Device()
+    watch = stopwatch.Events(gpu=gpu, device="cpu")
+    assert watch.buffer.numel() >= 2 * gpu.get_device_properties(0).L2_cache_size
+
+    class Buffer:
+        def zero_(self):
+            gpu.said.append("fill")
+
+    watch.buffer, watch.fill_s = Buffer(), 10.0
+    watch.warm_up(gpu.call, 3)
+    assert watch.fills == 1
+    gpu.said.clear()
+    assert watch.time(gpu.call, 3) == pytest.approx(2e-3)
+    assert gpu.said == ["fill", "event", "call", "call", "call", "event", "wait"]
+    watch.fill_s = 1e-9  # a host that is slower than the device writes the buffer more often
+    watch.warm_up(gpu.call, 3)
+    assert watch.fills == stopwatch.MOST_FILLS
+
+
+def test_events_feed_the_turns():
+    gpu = Device()
+    watch = stopwatch.Events(gpu=gpu, device="cpu")
+    samples = interleave.take_turns({"a": gpu.call, "b": lambda: None}, seconds=0, rounds=3, calls=4, stopwatch=watch)
+    assert samples == {"a": [pytest.approx(2e-3)] * 3, "b": [0.0] * 3}
+
+
+def test_peak_memory_is_that_of_the_second_call():
+    class Allocator(device.StandIn):
+        held, peak, calls = 100, 0, 0
+
+        def reset_peak_memory_stats(self):
+            self.peak = self.held
+
+        def memory_allocated(self):
+            return self.held
+
+        def max_memory_allocated(self):
+            return self.peak
+
+    gpu = Allocator()
+
+    def call():
+        gpu.calls += 1
+        gpu.peak = gpu.held + (5000 if gpu.calls == 1 else 40)  # what the first one compiles is not counted
+
+    assert device.peak_bytes(call, gpu) == 40
 
 
 def test_clock_replays_samples():
@@ -170,3 +316,19 @@ def test_compare_refuses_another_machine(results):
     for fact in ({"isa": "avx512"}, {"threads": 1}, {"cpu": "Y"}, {"gpu": "H200"}):
         with pytest.raises(SystemExit, match="not the same machine"):
             compare.compare(before, results("after.json", **fact))
+
+
+@pytest.mark.parametrize("ratio, verdict", [(30.0, "yes"), (3.0, "no"), (None, "not measured")])
+def test_report_holds_a_gpu_against_its_own_targets(results, ratio, verdict):
+    machine = {"gpu": "H200, sm_90, 140 GiB", "matmul": "bfloat16"}
+    found = results("gpu.json", **machine)
+    group = f"topk_attention forward {gpu_targets.name(gpu_targets.SHAPES['middle'])}-bf16-cuda"
+    bench = copy.deepcopy(found.groups.popitem()[1]["hivilt"])
+    bench["extra_info"]["ratio_vs_eager"] = ratio and dict.fromkeys(("q1", "median", "q3"), ratio)
+    bench["extra_info"]["left_out"] = {"cudnn": "RuntimeError: no kernel"}
+    found.groups[group] = {"hivilt": bench}
+    rows = [[cell.strip() for cell in row.split("|")] for row in report.targets(found).splitlines()[2:]]
+    assert len(rows) == len(gpu_targets.TARGETS) + 1
+    assert [row[-2] for row in rows if row[5] == "20"] == [verdict]
+    text = report.compose(found, None)
+    assert "big bfloat16 matrices" in text and "RuntimeError: no kernel" in text

@@ -105,7 +105,7 @@ def test_every_way_takes_its_kernels(way, started):
 def test_rows_in_parts(monkeypatch, started, dtype):
     """Few long rows: several programs share each, and their lists are merged; masked parts hold nothing."""
     monkeypatch.setattr(launch, "part_of", lambda x: ("sm_90", 132))
-    monkeypatch.setattr(launches, "one_tile", lambda part, dtype: 0)
+    monkeypatch.setattr(launches, "one_tile", lambda *_: 0)
     case = t.case(3, dtype, shape=(1, 2, 1, 3, 1400, 8, 8), **PLAIN | {"topk": 7, "key_mask": True, "fill": "ties"})
     x = case.inputs()
     x["key_mask"][:, 400:1100] = False
@@ -118,7 +118,7 @@ def test_rows_in_parts(monkeypatch, started, dtype):
 
 def test_sampled_bar_that_is_too_high(monkeypatch):
     """The sample sees only high scores: every row would keep too few, and runs again without a bar."""
-    monkeypatch.setattr(launches, "one_tile", lambda part, dtype: 0)
+    monkeypatch.setattr(launches, "one_tile", lambda *_: 0)
     monkeypatch.setattr(launches, "SAMPLE_SINGLE", 16)
     key = torch.rand(1, 1, 512, 4)
     key[:, :, :: 512 // 16] += 100.0

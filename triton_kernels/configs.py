@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 from .. import _settings
 
+# With "_heavy" behind the name: for selections with masks and gradients with dropout, which take registers.  Attention
+# itself has the same tiles with and without masks, so that what is masked changes no bit.
 KERNELS = (
     "one_tile_128", "one_tile_256", "one_tile_512", "one_tile_1024", "stream_select", "merge_lists", "pack_lists",
     "gather_forward", "gather_backward", "dense_forward", "delta",
@@ -64,16 +67,19 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("one_tile_128", _HALF, 64): Config(64, 0, 8, 1),
         ("one_tile_256", _HALF, 64): Config(64, 0, 8, 1),
         ("one_tile_512", _HALF, 64): Config(32, 0, 8, 1),
+        ("one_tile_512", _HALF, 256): Config(16, 0, 8, 1),
+        ("one_tile_512_heavy", _HALF, 256): Config(16, 0, 8, 1),
         ("one_tile_1024", _HALF, 64): Config(16, 0, 8, 1),
         ("one_tile_128", _SINGLE, 64): Config(16, 0, 4, 1),
         ("one_tile_256", _SINGLE, 64): Config(16, 0, 4, 1),
         ("stream_select", _HALF, 64): Config(32, 64, 8, 1),
         ("stream_select", _HALF, 128): Config(32, 64, 8, 1),
-        ("stream_select", _HALF, 256): Config(32, 64, 8, 1),
-        ("stream_select", _SINGLE, 64): Config(16, 32, 8, 1),
-        ("stream_select", _SINGLE, 128): Config(16, 32, 8, 1),
-        ("stream_select", _SINGLE, 256): Config(16, 32, 8, 1),
-        ("merge_lists", _HALF, 64): Config(4, 0, 4, 1),
+        ("stream_select", _HALF, 256): Config(16, 64, 8, 1),
+        ("stream_select_heavy", _HALF, 256): Config(16, 64, 8, 1),
+        ("stream_select", _SINGLE, 64): Config(16, 64, 8, 1),
+        ("stream_select", _SINGLE, 128): Config(16, 64, 8, 1),
+        ("stream_select", _SINGLE, 256): Config(16, 64, 8, 1),
+        ("merge_lists", _HALF, 64): Config(2, 0, 4, 1),
         ("pack_lists", _HALF, 64): Config(16, 32, 4, 1),
         ("gather_forward", _HALF, 64): Config(4, 16, 4, 2),
         ("gather_forward", _HALF, 128): Config(4, 8, 4, 2),
@@ -84,27 +90,31 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("dense_forward", _HALF, 64): Config(64, 64, 8, 2),
         ("dense_forward", _HALF, 128): Config(64, 32, 8, 2),
         ("dense_forward", _HALF, 256): Config(32, 32, 8, 2),
-        ("dense_forward", _SINGLE, 64): Config(32, 32, 8, 1),
-        ("dense_forward", _SINGLE, 128): Config(32, 32, 8, 1),
-        ("dense_forward", _SINGLE, 256): Config(32, 32, 8, 1),
+        ("dense_forward", _SINGLE, 64): Config(32, 32, 16, 1),
+        ("dense_forward", _SINGLE, 128): Config(16, 16, 8, 1),
+        ("dense_forward", _SINGLE, 256): Config(16, 16, 8, 1),
         ("delta", _HALF, 64): Config(32, 0, 4, 1),
+        ("dense_query_gradient_heavy", _HALF, 64): Config(64, 32, 4, 1),
+        ("dense_key_gradient_heavy", _HALF, 64): Config(32, 64, 8, 1),
+        ("gather_backward_heavy", _HALF, 64): Config(2, 16, 4, 1),
         ("dense_query_gradient", _HALF, 64): Config(64, 64, 4, 2),
         ("dense_query_gradient", _HALF, 128): Config(64, 64, 8, 2),
         ("dense_query_gradient", _HALF, 256): Config(32, 32, 8, 1),
         ("dense_query_gradient", _SINGLE, 64): Config(32, 32, 4, 1),
-        ("dense_query_gradient", _SINGLE, 128): Config(32, 32, 4, 1),
+        ("dense_query_gradient", _SINGLE, 128): Config(32, 32, 8, 1),
         ("dense_query_gradient", _SINGLE, 256): Config(32, 32, 8, 1),
         ("dense_key_gradient", _HALF, 64): Config(64, 64, 8, 2),
         ("dense_key_gradient", "float16", 64): Config(32, 64, 8, 2),
+        ("dense_key_gradient", "float16", 256): Config(32, 32, 8, 1),
         ("dense_key_gradient", _HALF, 128): Config(32, 64, 8, 1),
         ("dense_key_gradient", _HALF, 256): Config(32, 32, 8, 1),
         ("dense_key_gradient", _SINGLE, 64): Config(32, 32, 8, 1),
         ("dense_key_gradient", _SINGLE, 128): Config(32, 32, 8, 1),
-        ("dense_key_gradient", _SINGLE, 256): Config(32, 32, 8, 1),
+        ("dense_key_gradient", _SINGLE, 256): Config(16, 16, 8, 1),
         ("bias_gradient", _HALF, 64): Config(64, 64, 4, 1),
-        ("bias_gradient", _HALF, 256): Config(32, 32, 4, 1),
-        ("bias_gradient", _SINGLE, 64): Config(32, 32, 4, 1),
-        ("bias_gradient", _SINGLE, 256): Config(32, 32, 8, 1),
+        ("bias_gradient", _HALF, 256): Config(32, 32, 8, 1),
+        ("bias_gradient", _SINGLE, 64): Config(32, 32, 8, 1),
+        ("bias_gradient", _SINGLE, 256): Config(16, 16, 8, 1),
     },
     "sm_86": {},
     "gfx942": {},
@@ -128,16 +138,17 @@ def limits(part: str) -> Limits:
 @functools.cache
 def lookup(part: str, kernel: str, dtype: str, width: int) -> Config:
     """The configuration of a kernel for a dtype and head width: the user's, the part's, or that of sm_90."""
-    widths = [w for w in (64, 128, 256) if w >= width]
+    widths = tuple(w for w in (64, 128, 256) if w >= width)
     _asked.add((kernel, dtype, widths[0]))
     kinds = tuple(dict.fromkeys((dtype, _HALF)))
-    for table in (_tried, _users().get(part, {}), TABLE.get(family(part), {}), TABLE["sm_90"]):
-        for kind in kinds:
-            for w in widths:
-                if (kernel, kind, w) in table:
-                    return table[kernel, kind, w]
-            if table is TABLE["sm_90"] and (kernel, kind, 64) in table:  # one row serves every width
-                return table[kernel, kind, 64]
+    tables = (_tried, _users().get(part, {}), TABLE.get(family(part), {}), TABLE["sm_90"])
+    names = tuple(dict.fromkeys((kernel, kernel.removesuffix("_heavy"))))
+    for kind, name in itertools.product(kinds, names):
+        for table, w in itertools.product(tables, widths):
+            if (name, kind, w) in table:
+                return table[name, kind, w]
+        if (name, kind, 64) in TABLE["sm_90"]:  # one row serves every width
+            return TABLE["sm_90"][name, kind, 64]
     raise KeyError((part, kernel, dtype, width))
 
 
@@ -195,7 +206,7 @@ def parse(text: str) -> dict[str, dict[tuple[str, str, int], Config]]:
 
 def _key(text: str) -> tuple[str, str, int]:
     kernel, dtype, width = (text.split("/") + ["", ""])[:3]
-    if kernel not in KERNELS or dtype not in DTYPES or width not in ("64", "128", "256"):
+    if kernel.removesuffix("_heavy") not in KERNELS or dtype not in DTYPES or width not in ("64", "128", "256"):
         raise ValueError(f"{users_file()}: expected kernel/dtype/64|128|256; got {text!r}")
     return kernel, dtype, int(width)
 

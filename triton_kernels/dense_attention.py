@@ -26,6 +26,7 @@ from .tiles import (
     is_finite,
     load_rows,
     narrow,
+    no_more_than_0,
     permitted,
     product,
     segment,
@@ -38,20 +39,20 @@ from .tiles import (
 
 
 @triton.jit
-def unpack(words, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Bool [R, C] of words [R, C / 32]."""
-    bit = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bit, [BLOCK_R, BLOCK_C]) != 0
-
-
-@triton.jit
-def load_bits(bits, b_at, h, first, rows, n_rows, start, n_cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The bits of columns start .. start + BLOCK_C of the rows; start is a multiple of 32."""
-    word = start // 32 + tl.arange(0, BLOCK_C // 32)
-    base = bits[0] + b_at * bits[1] + h.to(tl.int64) * bits[2]
-    at = (first + rows.to(tl.int64))[:, None] * bits[3] + word[None, :]
-    words = tl.load(base + at, mask=(rows[:, None] < n_rows) & (word[None, :] * 32 < n_cols), other=0)
-    return unpack(words, BLOCK_R, BLOCK_C)
+def load_bits(bits, batch, h, first, rows, n_rows, start, n_cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Bool [R, C]: the bits of columns start .. start + BLOCK_C of the rows; start is a multiple of BLOCK_C."""
+    base = bits[0] + batch * bits[1] + h.to(tl.int64) * bits[2]
+    at = (first + rows.to(tl.int64))[:, None] * bits[3]
+    if BLOCK_C < 32:
+        cols = start + tl.arange(0, BLOCK_C)
+        words = tl.load(base + at + start // 32, mask=(rows[:, None] < n_rows) & (start < n_cols), other=0)
+        return ((words >> (cols & 31)[None, :]) & 1) != 0
+    else:
+        word = start // 32 + tl.arange(0, BLOCK_C // 32)
+        inside = (rows[:, None] < n_rows) & (word[None, :] * 32 < n_cols)
+        words = tl.load(base + at + word[None, :], mask=inside, other=0)
+        bit = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        return tl.reshape(bit, [BLOCK_R, BLOCK_C]) != 0
 
 
 @triton.jit
@@ -217,7 +218,8 @@ def slopes(
         valid, bits, batch, col_batch, h, first, col_first, rows, row_start, n_rows, cols, col_start, n_cols, BITS,
         BLOCK_R, BLOCK_C,
     )  # fmt: skip
-    weight = tl.where(kept, tl.exp2((scores - logs[:, None]) * LOG2E), 0.0)
+    # A weight is at most 1; rounding may not make more of it.
+    weight = tl.where(kept, tl.exp2(no_more_than_0((scores - logs[:, None]) * LOG2E)), 0.0)
     zeros = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     slope = product(g, tl.trans(v), zeros)
     thinned = weight
@@ -229,11 +231,26 @@ def slopes(
 
 
 @triton.jit
+def scores_again(
+    q, k, row_ptr, row_stride, rows, n_rows, col_ptr, col_stride, cols, n_cols,
+    WIDTH: tl.constexpr, LINK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """<row, column> summed as forward sums it, so that P comes out as it was: huge scores forgive no other rounding."""
+    if LINK < WIDTH:
+        x = load_rows(row_ptr, row_stride, rows, n_rows, 0, WIDTH, LINK)
+        return dots(
+            x, row_ptr, row_stride, rows, n_rows, col_ptr, col_stride, cols, n_cols, WIDTH, LINK, BLOCK_R, BLOCK_C
+        )
+    else:
+        return product(q, tl.trans(k), tl.zeros([BLOCK_R, BLOCK_C], tl.float32))
+
+
+@triton.jit
 def query_gradient(
     query_ptr, query, key_ptr, key, value_ptr, value, g, logs, minus, bits, batch, col_batch, b, h, first, col_first,
     rows, row_start, n_rows, n_cols, query_mask, key_mask, mask, seed, dropout_p, scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BITS: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_E: tl.constexpr, BITS: tl.constexpr, LINK: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     sums = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     rows_ok = permitted(rows, query_mask, b, n_rows)[:, None]
@@ -242,7 +259,9 @@ def query_gradient(
         cols = start + tl.arange(0, BLOCK_C)
         k = load_rows(key_ptr, key[3], cols, n_cols, 0, WIDTH, BLOCK_D)
         v = load_rows(value_ptr, value[3], cols, n_cols, 0, VALUE_WIDTH, BLOCK_E)
-        total = product(q, tl.trans(k), tl.zeros([BLOCK_R, BLOCK_C], tl.float32))
+        total = scores_again(
+            q, k, query_ptr, query[3], rows, n_rows, key_ptr, key[3], cols, n_cols, WIDTH, LINK, BLOCK_R, BLOCK_C
+        )
         valid = rows_ok & permitted(cols, key_mask, b, n_cols)[None, :]
         _, ds = slopes(
             total, scale, valid, mask, bits, seed, dropout_p, g, v, logs, minus, batch, col_batch, b, h, first,
@@ -259,7 +278,7 @@ def _query_gradient_kernel(
     query, key, value, grad_out, lse, delta, grad_query, bits, mask, query_mask, key_mask, seed, dropout_p, scale,
     heads,
     blocks, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr, LINK: tl.constexpr,
 ):  # fmt: skip
     """dq_i = scale sum_j ds_ij k_j.  A first pass that yields NaN or infinity is repeated with keys made finite: a pair
     that is not kept must not bring 0 * NaN."""
@@ -281,13 +300,13 @@ def _query_gradient_kernel(
         sums = query_gradient(
             query_ptr, query, key_ptr, key, value_ptr, value, g, logs, minus, bits, batch, col_batch, b, h, first,
             col_first, rows, row_start, n_rows, n_cols, query_mask, key_mask, mask, seed, dropout_p, scale, WIDTH,
-            VALUE_WIDTH, BLOCK_R, BLOCK_C, BLOCK_D, BLOCK_E, BITS, False,
+            VALUE_WIDTH, BLOCK_R, BLOCK_C, BLOCK_D, BLOCK_E, BITS, LINK, False,
         )  # fmt: skip
         if some_wild(sums):
             sums = query_gradient(
                 query_ptr, query, key_ptr, key, value_ptr, value, g, logs, minus, bits, batch, col_batch, b, h, first,
                 col_first, rows, row_start, n_rows, n_cols, query_mask, key_mask, mask, seed, dropout_p, scale, WIDTH,
-                VALUE_WIDTH, BLOCK_R, BLOCK_C, BLOCK_D, BLOCK_E, BITS, True,
+                VALUE_WIDTH, BLOCK_R, BLOCK_C, BLOCK_D, BLOCK_E, BITS, LINK, True,
             )  # fmt: skip
         d = tl.arange(0, BLOCK_D)
         to = grad_query[0] + batch * grad_query[1] + h.to(tl.int64) * grad_query[2]
@@ -301,7 +320,7 @@ def key_gradient(
     query, key, grad_out, lse, delta, k, v, bits, batch, col_batch, b, group, repeats, first, col_first, n_rows, cols,
     col_start, n_cols, query_mask, key_mask, mask, seed, dropout_p, scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BITS: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_E: tl.constexpr, BITS: tl.constexpr, LINK: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     key_sums = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     value_sums = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
@@ -316,7 +335,10 @@ def key_gradient(
         at_lse = batch * lse[1] + h.to(tl.int64) * lse[2] + first + rows
         logs = tl.load(lse[0] + at_lse, mask=rows < n_rows, other=0.0)
         minus = tl.load(delta + at_lse, mask=rows < n_rows, other=0.0)
-        total = product(q, tl.trans(k), tl.zeros([BLOCK_R, BLOCK_C], tl.float32))
+        total = scores_again(
+            q, k, slice_of(query, batch, h, first), query[3], rows, n_rows, slice_of(key, col_batch, h, col_first),
+            key[3], cols, n_cols, WIDTH, LINK, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
         valid = permitted(rows, query_mask, b, n_rows)[:, None] & cols_ok
         thinned, ds = slopes(
             total, scale, valid, mask, bits, seed, dropout_p, g, v, logs, minus, batch, col_batch, b, h, first,
@@ -363,7 +385,7 @@ def spoiled_values(
 def _key_gradient_kernel(
     query, key, value, grad_out, lse, delta, grad_key, grad_value, bits, mask, query_mask, key_mask, seed, dropout_p,
     scale, groups, blocks, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr, LINK: tl.constexpr,
 ):  # fmt: skip
     """dk_j = scale sum_i ds_ij q_i and dv_j = sum_i d_ij p_ij g_i, over the query heads of the group in turn."""
     task = tl.program_id(0)
@@ -380,13 +402,13 @@ def _key_gradient_kernel(
         key_sums, value_sums = key_gradient(
             query, key, grad_out, lse, delta, k, v, bits, batch, col_batch, b, group, repeats, first, col_first, n_rows,
             cols, col_start, n_cols, query_mask, key_mask, mask, seed, dropout_p, scale, WIDTH, VALUE_WIDTH, BLOCK_R,
-            BLOCK_C, BLOCK_D, BLOCK_E, BITS, False,
+            BLOCK_C, BLOCK_D, BLOCK_E, BITS, LINK, False,
         )  # fmt: skip
         if some_wild(key_sums) | some_wild(value_sums):
             key_sums, value_sums = key_gradient(
                 query, key, grad_out, lse, delta, k, v, bits, batch, col_batch, b, group, repeats, first, col_first,
                 n_rows, cols, col_start, n_cols, query_mask, key_mask, mask, seed, dropout_p, scale, WIDTH, VALUE_WIDTH,
-                BLOCK_R, BLOCK_C, BLOCK_D, BLOCK_E, BITS, True,
+                BLOCK_R, BLOCK_C, BLOCK_D, BLOCK_E, BITS, LINK, True,
             )  # fmt: skip
             value_sums += spoiled_values(
                 query, key, grad_out, k, bits, batch, col_batch, b, group, repeats, first, col_first, n_rows, cols,
@@ -409,7 +431,7 @@ def _bias_gradient_kernel(
     query, key, value, grad_out, lse, delta, grad_bias, bits, mask, query_mask, key_mask, seed, dropout_p, scale,
     batches, heads, bias_heads, row_blocks, col_blocks,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BITS: tl.constexpr, OVER_BATCHES: tl.constexpr, OVER_HEADS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BITS: tl.constexpr, LINK: tl.constexpr, OVER_BATCHES: tl.constexpr, OVER_HEADS: tl.constexpr,
     OVER_ROWS: tl.constexpr, OVER_COLS: tl.constexpr,
 ):  # fmt: skip
     """A block of the bias's gradient, fp32; OVER_x: the bias broadcasts over x and the block sums over it, in order."""
@@ -442,7 +464,10 @@ def _bias_gradient_kernel(
         at_lse = batch * lse[1] + h.to(tl.int64) * lse[2] + first + rows
         logs = tl.load(lse[0] + at_lse, mask=rows < n_rows, other=0.0)
         minus = tl.load(delta + at_lse, mask=rows < n_rows, other=0.0)
-        total = product(q, tl.trans(k), tl.zeros([BLOCK_R, BLOCK_C], tl.float32))
+        total = scores_again(
+            q, k, slice_of(query, batch, h, first), query[3], rows, n_rows, slice_of(key, batch, h, col_first), key[3],
+            cols, n_cols, WIDTH, LINK, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
         valid = permitted(rows, query_mask, b, n_rows)[:, None] & permitted(cols, key_mask, b, n_cols)[None, :]
         _, ds = slopes(
             total, scale, valid, mask, bits, seed, dropout_p, g, v, logs, minus, batch, batch, b, h, first, col_first,

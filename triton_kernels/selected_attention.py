@@ -18,6 +18,7 @@ from .tiles import (
     dropout_factor,
     greatest,
     narrow,
+    no_more_than_0,
     segment,
     slice_of,
     some_wild,
@@ -166,7 +167,7 @@ def _gather_query_gradient_kernel(
             ok = (j >= 0) & (j < n_cols)
             k = gather_rows(key_ptr, key[3], j, ok, WIDTH, BLOCK_D)
             scores, ok = listed_scores(tl.sum(q[:, None, :] * k, 2), scale, ok, mask, b, h, rows[:, None], j)
-            weight = tl.exp2((scores - logs[:, None]) * LOG2E)
+            weight = tl.exp2(no_more_than_0((scores - logs[:, None]) * LOG2E))
             v = gather_rows(value_ptr, value[3], j, ok, VALUE_WIDTH, BLOCK_E)
             slope = tl.sum(g[:, None, :] * v, 2)
             if seed is not None:
@@ -226,7 +227,7 @@ def _gather_key_gradient_kernel(
                 scores, ok = listed_scores(tl.sum(q * k[:, None, :], 2), scale, ok, mask, b, h, i, rows[:, None])
                 logs = tl.load(lse[0] + at_lse + i, mask=ok, other=0.0)
                 minus = tl.load(delta + at_lse + i, mask=ok, other=0.0)
-                weight = tl.where(ok, tl.exp2((scores - logs) * LOG2E), 0.0)
+                weight = tl.where(ok, tl.exp2(no_more_than_0((scores - logs) * LOG2E)), 0.0)
                 g = gather_rows(grad_ptr, grad_out[3], i, ok, VALUE_WIDTH, BLOCK_E)
                 slope = tl.sum(g * v[:, None, :], 2)
                 thinned = weight

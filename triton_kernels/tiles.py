@@ -162,6 +162,12 @@ def ranking(scores, valid):
 
 
 @triton.jit
+def no_more_than_0(x):
+    """min(x, 0) that keeps NaN."""
+    return tl.where(x > 0.0, 0.0, x)
+
+
+@triton.jit
 def lost(rank):
     """Bool [R]: a NaN or +inf among the valid scores."""
     return tl.max(((rank == INF) | (rank == -INF)).to(tl.int32), 1) > 0

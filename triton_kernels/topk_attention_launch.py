@@ -61,15 +61,35 @@ class Problem(NamedTuple):
 
 def why_not(part: str, dtype: torch.dtype, topk: int, columns: int) -> str | None:
     """The reason why a selection of ``topk`` from ``columns`` does not fit, or None."""
-    if topk <= TOPK_LONG or topk >= columns or columns <= one_tile(part, dtype):
+    tile = one_tile(part, dtype, True)
+    if topk <= TOPK_LONG or topk >= columns or columns <= tile:
         return None
-    return f"topk = {topk} of {columns}: the kernels keep up to {TOPK_LONG} of rows longer than {one_tile(part, dtype)}"
+    return f"topk = {topk} of {columns}: the kernels keep up to {TOPK_LONG} of rows longer than {tile}"
 
 
-def one_tile(part: str, dtype: torch.dtype) -> int:
-    """Columns up to which a row is selected from in one tile."""
+def one_tile(part: str, dtype: torch.dtype, heavy: bool) -> int:
+    """Columns up to which a row is selected from in one tile; ``heavy`` calls have wide heads or masks."""
     limits = configs.limits(part)
-    return limits.one_tile_single if dtype == torch.float32 else limits.one_tile_half
+    if dtype == torch.float32:
+        return limits.one_tile_single
+    return min(512, limits.one_tile_half) if heavy else limits.one_tile_half
+
+
+def in_one_tile(x: Tensor, columns: int, *masks: Tensor | None) -> bool:
+    """Whether rows of so many columns, selected from with the queries x under these masks, fit into a tile."""
+    part, _ = launch.part_of(x)
+    heavy = x.shape[-1] > 64 or any(mask is not None for mask in masks)
+    return columns <= one_tile(part, x.dtype, heavy)
+
+
+def tiles(x: Tensor, kernel: str, widths: tuple[int, ...], extras: tuple = ()) -> configs.Config:
+    """The configuration of a kernel for the dtype of x and these head widths.
+
+    Where any of ``extras`` (masks, a bias, a seed) is there, the kernel needs more registers and may have another.
+    """
+    part, _ = launch.part_of(x)
+    name = kernel if all(extra is None for extra in extras) else f"{kernel}_heavy"
+    return configs.lookup(part, name, kind(x.dtype), min(256, max(1, *widths)))
 
 
 def kind(dtype: torch.dtype) -> str:
@@ -84,6 +104,11 @@ def power(n: int, least: int = 16) -> int:
 def link(width: int, dtype: torch.dtype) -> int:
     """Elements of a head that one product of scores takes; the interpreter sums as float32 does in either type."""
     return min(16 if dtype == torch.float32 or launch.INTERPRETED else 64, power(width))
+
+
+def backward_link(width: int, dtype: torch.dtype) -> int:
+    """The link with which backward repeats forward's sums; a matrix instruction's chain does not depend on it."""
+    return link(width, dtype) if dtype == torch.float32 or launch.INTERPRETED else power(width)
 
 
 # The operators.
@@ -105,9 +130,8 @@ def topk_attention(query, key, value, topk, axis, attn_mask, key_mask, query_mas
                   launch.mask(attn_mask), query_mask, key_mask, scale, p.heads, lists, None,
                   (value, out, lse, seed, dropout_p))  # fmt: skip
         return out, lse, lists
-    part, _ = launch.part_of(query)
     gather = (
-        axis == 0 and select_query is None and p.keys >= GATHER_FROM * topk and p.keys > one_tile(part, query.dtype)
+        axis == 0 and select_query is None and p.keys >= GATHER_FROM * topk and not in_one_tile(query, p.keys, *masks)
     )
     marks = torch.zeros_like(lse) if gather else None
     bits = _select(
@@ -231,9 +255,8 @@ def _select(
         token_masks.reverse()
         p = Problem(p.batches, p.heads, p.keys, p.queries, p.starts_k, p.starts_q)
     mask = launch.mask(attn_mask, axis == 1)
-    part, _ = launch.part_of(query)
     bits = None
-    if p.keys <= one_tile(part, dtype):
+    if in_one_tile(sides[0][0], p.keys, attn_mask, *token_masks):
         bits = _blank_bits(lists, p.keys) if want_bits else None
         _one_tile(p, *sides, dtype, topk, mask, *token_masks, scale, heads, lists, bits, None)
     else:
@@ -244,11 +267,10 @@ def _select(
 def _one_tile(p, row, col, dtype, topk, mask, row_mask, col_mask, scale, heads, lists, bits, attend) -> None:
     """attend: None, or (value, out, lse, seed, dropout_p): attention with what was selected, in the same kernel."""
     like = row[0]
-    part, _ = launch.part_of(like)
     width = like.shape[-1]
     value_width = 0 if attend is None else attend[0].shape[3]
     block_c = power(p.keys, 32)
-    config = configs.lookup(part, f"one_tile_{max(128, block_c)}", kind(dtype), min(256, max(width, value_width)))
+    config = tiles(like, f"one_tile_{max(128, block_c)}", (width, value_width), (mask, row_mask, col_mask))
     blocks = triton.cdiv(p.queries, config.rows)
     tasks = p.batches * heads * blocks
     if tasks == 0:
@@ -273,10 +295,11 @@ def _stream_select(p, row, col, dtype, topk, mask, row_mask, col_mask, scale, he
     like = row[0]
     part, multiprocessors = launch.part_of(like)
     width = like.shape[-1]
-    config = configs.lookup(part, "stream_select", kind(dtype), min(256, width))
+    config = tiles(like, "stream_select", (width,), (mask, row_mask, col_mask))
     block_c = config.cols if topk <= 256 else 32  # a larger buffer leaves fewer registers
     capacity = power(topk + 3 * block_c)
     block_r = max(16, min(config.rows, config.rows * 256 // capacity))
+    warps = config.warps if capacity < 512 else 16
     blocks = triton.cdiv(p.queries, block_r)
     slots = multiprocessors * configs.limits(part).programs
     tasks = p.batches * heads * blocks
@@ -292,7 +315,7 @@ def _stream_select(p, row, col, dtype, topk, mask, row_mask, col_mask, scale, he
         part_marks = None if marks is None else marks.new_zeros((*marks.shape, splits))
     # A bar that the e-th best of the sample clears on average would leave half of the rows short; 4 deviations more
     # leave almost none.
-    sample = SAMPLE_SINGLE if dtype == torch.float32 else SAMPLE
+    sample = SAMPLE_SINGLE if dtype == torch.float32 else SAMPLE if width <= 64 else SAMPLE // 2
     expected = topk * sample * splits / p.keys
     sampled = int(expected + 4 * expected**0.5) + 1
     if sampled > sample // 4 or p.keys < 2 * sample * splits:
@@ -305,13 +328,13 @@ def _stream_select(p, row, col, dtype, topk, mask, row_mask, col_mask, scale, he
          like.new_empty(programs * block_r * capacity, dtype=torch.int32),
          mask, launch.token_mask(row_mask), launch.token_mask(col_mask), topk, sampled, scale, heads, blocks, splits,
          tasks * splits),
-        config.warps, config.stages,
+        warps, config.stages,
         WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=link(width, dtype),
         BLOCK_K=power(topk), CAPACITY=capacity, SAMPLE=sample,
     )  # fmt: skip
     if splits > 1:
         rows = lists.shape[0] * lists.shape[1] * lists.shape[2]
-        config = configs.lookup(part, "merge_lists", kind(dtype), 64)
+        config = tiles(like, "merge_lists", (64,))
         launch.launch(
             _merge_lists_kernel, triton.cdiv(rows, config.rows),
             (bests, out_lists, lists, part_marks, marks, topk, splits, rows), config.warps, config.stages,
@@ -323,9 +346,8 @@ def _stream_select(p, row, col, dtype, topk, mask, row_mask, col_mask, scale, he
 
 
 def _gather(p, query, key, value, lists, marks, attn_mask, seed, scale, dropout_p, out, lse) -> None:
-    part, _ = launch.part_of(query)
     width, value_width = query.shape[3], value.shape[3]
-    config = configs.lookup(part, "gather_forward", kind(query.dtype), max(width, value_width, 1))
+    config = tiles(query, "gather_forward", (width, value_width))
     blocks = triton.cdiv(p.queries, config.rows)
     if p.batches * p.heads * blocks == 0:
         return
@@ -347,13 +369,12 @@ def _list_strides(lists: Tensor) -> tuple:
 
 
 def _gather_backward(p, query, key, value, grad_out, lists, lse, delta, masks, seed, scale, dropout_p, grads) -> None:
-    part, _ = launch.part_of(query)
     width, value_width, length = query.shape[3], value.shape[3], lists.shape[3]
-    config = configs.lookup(part, "gather_backward", kind(query.dtype), max(width, value_width, 1))
+    config = tiles(query, "gather_backward", (width, value_width), (seed,))
     sides = [launch.side(x, p.heads) for x in (query, key, value, grad_out)]
     at_lse, mask = launch.strided(lse), launch.mask(masks[0])
     drop = launch.dropout(dropout_p) if seed is not None else None
-    tiles = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_R": config.rows, "BLOCK_L": config.cols,
+    widths = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_R": config.rows, "BLOCK_L": config.cols,
              "BLOCK_D": power(width), "BLOCK_E": power(value_width)}  # fmt: skip
     blocks = triton.cdiv(p.queries, config.rows)
     if p.batches * p.heads * blocks:
@@ -362,7 +383,7 @@ def _gather_backward(p, query, key, value, grad_out, lists, lse, delta, masks, s
             (*sides, _list_strides(lists), at_lse, delta, launch.strided(grads[0]), mask, seed, drop, length, scale,
             p.heads,
              blocks),
-            config.warps, config.stages, **tiles,
+            config.warps, config.stages, **widths,
         )  # fmt: skip
     blocks = triton.cdiv(p.keys, config.rows)
     groups = key.shape[1]
@@ -372,7 +393,7 @@ def _gather_backward(p, query, key, value, grad_out, lists, lse, delta, masks, s
             _gather_key_gradient_kernel, p.batches * groups * blocks,
             (*sides, runs, entries, at_lse, delta, launch.strided(grads[1]), launch.strided(grads[2]), mask, seed, drop,
              max(1, length), lists.shape[1], scale, groups, blocks),
-            config.warps, config.stages, **tiles,
+            config.warps, config.stages, **widths,
         )  # fmt: skip
 
 
@@ -419,9 +440,8 @@ def _bits(p: Problem, lists: Tensor, orientation: int) -> tuple:
 
 
 def _dense(p, query, key, value, bits, orientation, masks, seed, scale, dropout_p, out, lse, listed_only=False) -> None:
-    part, _ = launch.part_of(query)
     width, value_width = query.shape[3], value.shape[3]
-    config = configs.lookup(part, "dense_forward", kind(query.dtype), max(width, value_width, 1))
+    config = tiles(query, "dense_forward", (width, value_width))
     blocks = triton.cdiv(p.queries, config.rows)
     tasks = p.batches * p.heads * blocks
     if tasks == 0:
@@ -443,8 +463,7 @@ def _dense(p, query, key, value, bits, orientation, masks, seed, scale, dropout_
 def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
     B, H, T, width = out.shape
     delta = out.new_empty((B, H, T), dtype=torch.float32)
-    part, _ = launch.part_of(out)
-    config = configs.lookup(part, "delta", kind(out.dtype), 64)
+    config = tiles(out, "delta", (64,))
     blocks = triton.cdiv(T, config.rows)
     if B * H * blocks:
         grad_lse = None if grad_lse is None else (grad_lse, *grad_lse.stride())
@@ -459,7 +478,6 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
 def _dense_backward(
     p, query, key, value, grad_out, bits, orientation, lse, delta, masks, seed, scale, dropout_p, grads
 ) -> None:
-    part, _ = launch.part_of(query)
     width, value_width = query.shape[3], value.shape[3]
     attn_mask, key_mask, query_mask = masks
     sides = (launch.side(query, p.heads, p.starts_q), launch.side(key, p.heads, p.starts_k),
@@ -467,9 +485,9 @@ def _dense_backward(
     rest = (launch.mask(attn_mask), launch.token_mask(query_mask), launch.token_mask(key_mask), seed,
             launch.dropout(dropout_p) if seed is not None else None, scale)  # fmt: skip
     widths = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_D": power(width), "BLOCK_E": power(value_width),
-              "BITS": orientation}  # fmt: skip
+              "BITS": orientation, "LINK": backward_link(width, query.dtype)}  # fmt: skip
     at_lse = launch.strided(lse)
-    config = configs.lookup(part, "dense_query_gradient", kind(query.dtype), max(width, value_width, 1))
+    config = tiles(query, "dense_query_gradient", (width, value_width), (seed,))
     blocks = triton.cdiv(p.queries, config.rows)
     if p.batches * p.heads * blocks:
         launch.launch(
@@ -477,7 +495,7 @@ def _dense_backward(
             (*sides, at_lse, delta, launch.strided(grads[0]), bits, *rest, p.heads, blocks),
             config.warps, config.stages, BLOCK_R=config.rows, BLOCK_C=config.cols, **widths,
         )  # fmt: skip
-    config = configs.lookup(part, "dense_key_gradient", kind(query.dtype), max(width, value_width, 1))
+    config = tiles(query, "dense_key_gradient", (width, value_width), (seed,))
     blocks, groups = triton.cdiv(p.keys, config.cols), key.shape[1]
     if p.batches * groups * blocks:
         launch.launch(
@@ -491,9 +509,8 @@ def _bias_gradient(
     p, query, key, value, grad_out, bits, orientation, lse, delta, masks, seed, scale, dropout_p
 ) -> Tensor:
     attn_mask, key_mask, query_mask = masks
-    part, _ = launch.part_of(query)
     width, value_width = query.shape[3], value.shape[3]
-    config = configs.lookup(part, "bias_gradient", kind(query.dtype), max(width, value_width, 1))
+    config = tiles(query, "bias_gradient", (width, value_width))
     row_blocks, col_blocks = triton.cdiv(p.queries, config.rows), triton.cdiv(p.keys, config.cols)
     # An axis of size 1 needs no summing where the call has one element of it as well.
     over = [
@@ -516,7 +533,8 @@ def _bias_gradient(
          col_blocks),
         config.warps, config.stages,
         WIDTH=width, VALUE_WIDTH=value_width, BLOCK_R=config.rows, BLOCK_C=config.cols, BLOCK_D=power(width),
-        BLOCK_E=power(value_width), BITS=orientation, OVER_BATCHES=over[0], OVER_HEADS=over[1],
+        BLOCK_E=power(value_width), BITS=orientation,
+        LINK=backward_link(width, query.dtype), OVER_BATCHES=over[0], OVER_HEADS=over[1],
         OVER_ROWS=over[2], OVER_COLS=over[3],
     )  # fmt: skip
     return grad.to(attn_mask.dtype)
