@@ -147,7 +147,7 @@ def parity(session: Session, limit: float) -> Outcome:
     """The oracle's tests; beside them, as no time is taken yet, all that later steps will compile."""
     only, seconds = ("triton-cpu", 2) if session.rehearse else ("triton-cuda", 30)
     files, only = (PARITY[:1], f"{only} and by_hand") if session.brief else (PARITY, only)
-    arguments = [*files, "-k", only, "--breadth-first", "--case-seconds", str(seconds)]
+    arguments = [*files, "-k", only, "--interpret-all", "--breadth-first", "--case-seconds", str(seconds)]
     benchmarks = ["bench/bench_topk_attention.py", "--benchmark-only", "--warm-up", *only_one_race(session)]
     jobs, parts = session.jobs(most=12), 1 if session.rehearse else WARM_UP_JOBS - len(CALL_DTYPES)
     with ThreadPoolExecutor(1 if session.rehearse else jobs + WARM_UP_JOBS) as pool:

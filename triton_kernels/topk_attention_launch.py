@@ -31,7 +31,7 @@ TOPK_LONG = 928  # most that a row longer than a tile may keep: its candidates h
 GATHER_FROM = 32  # columns per kept one from which lists beat a bitmask (docs/topk_attention.md)
 FUSED = 128  # columns up to which one kernel selects and attends in a half type; more would need too many registers
 SAMPLE = 256  # columns looked at for the first bar
-SAMPLE_SINGLE = 64  # the same for float32, whose products take registers
+SAMPLE_SINGLE = 64  # the same for float32 and wide heads, whose products take registers
 INF = float("inf")
 
 
@@ -299,7 +299,7 @@ def _stream_select(p, row, col, dtype, topk, mask, row_mask, col_mask, scale, he
     block_c = config.cols if topk <= 256 else 32  # a larger buffer leaves fewer registers
     capacity = power(topk + 3 * block_c)
     block_r = max(16, min(config.rows, config.rows * 256 // capacity))
-    warps = config.warps if capacity < 512 else 16
+    warps = config.warps if capacity < 1024 else 16
     blocks = triton.cdiv(p.queries, block_r)
     slots = multiprocessors * configs.limits(part).programs
     tasks = p.batches * heads * blocks
@@ -315,10 +315,10 @@ def _stream_select(p, row, col, dtype, topk, mask, row_mask, col_mask, scale, he
         part_marks = None if marks is None else marks.new_zeros((*marks.shape, splits))
     # A bar that the e-th best of the sample clears on average would leave half of the rows short; 4 deviations more
     # leave almost none.
-    sample = SAMPLE_SINGLE if dtype == torch.float32 else SAMPLE if width <= 64 else SAMPLE // 2
+    sample = SAMPLE_SINGLE if dtype == torch.float32 or width > 64 else SAMPLE
     expected = topk * sample * splits / p.keys
     sampled = int(expected + 4 * expected**0.5) + 1
-    if sampled > sample // 4 or p.keys < 2 * sample * splits:
+    if sampled > sample // 4 or p.keys < 2 * sample * splits or capacity >= 512:
         sample = 0
     at_marks = None if part_marks is None else (*launch.strided(part_marks)[:3], splits)
     launch.launch(

@@ -105,7 +105,7 @@ def calls() -> Iterator[Call]:
         yield from (replace(FINE, keys=keys, width=width, kernel="_topk_attention") for keys in (256, 1024))
         yield replace(FINE, keys=256, width=width, dtype="fp32", kernel="_topk_attention")
     yield replace(FINE, keys=1024, topk=256, kernel="_topk_attention")
-    yield from (replace(LONG, topk=topk, kernel="select") for topk in (512, 1024))
+    yield from (replace(LONG, topk=topk, kernel="select") for topk in (512, 900))
     yield Call(1000, 1000, 10, batch=3)
 
     # Few queries: several programs share a row.
