@@ -15,8 +15,10 @@ from .tiles import (
     INF,
     LN2,
     LOG2E,
+    biased,
     dropout_factor,
     greatest,
+    load_rows,
     narrow,
     no_more_than_0,
     segment,
@@ -35,34 +37,9 @@ def gather_rows(pointer, stride, tokens, ok, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def load_block(pointer, stride, rows, ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """fp32 [R, BLOCK] of the rows; zeros where not ok."""
-    d = tl.arange(0, BLOCK)
-    at = rows.to(tl.int64)[:, None] * stride + d[None, :]
-    return wide(tl.load(pointer + at, mask=ok[:, None] & (d[None, :] < WIDTH), other=0.0))
-
-
-@triton.jit
-def listed_scores(products, scale, ok, mask, b, h, i, j):
-    """(scores, ok) of listed pairs: bias added, pairs that the mask or a score of -inf forbids taken out."""
-    scores = products * scale
-    if mask is not None:
-        base = mask[0] + b.to(tl.int64) * mask[1] + h.to(tl.int64) * mask[2]
-        at = i.to(tl.int64) * mask[3] + j.to(tl.int64) * mask[4]
-        if mask[0].dtype.element_ty == tl.uint8:
-            ok = ok & (tl.load(base + at, mask=ok, other=0) != 0)
-        else:
-            bias = wide(tl.load(base + at, mask=ok, other=0.0))
-            ok = ok & (bias != -INF)
-            scores += bias
-    return scores, ok & (scores != -INF)
-
-
-@triton.jit
 def attend_lists(
     q, key_ptr, key_stride, value_ptr, value_stride, list_start, length, rows, n_rows, n_cols, mask, seed, dropout_p,
-    b, h,
-    scale, shrink, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+    b, h, scale, shrink, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """(sums [R, E], norm [R], top [R], gone [R]) of one block of rows; values are multiplied by ``shrink``."""
@@ -76,7 +53,7 @@ def attend_lists(
         j = tl.load(list_start[:, None] + slots, mask=here, other=-1)
         ok = (j >= 0) & (j < n_cols)
         k = gather_rows(key_ptr, key_stride, j, ok, WIDTH, BLOCK_D)
-        scores, ok = listed_scores(tl.sum(q[:, None, :] * k, 2), scale, ok, mask, b, h, rows[:, None], j)
+        scores, ok = biased(tl.sum(q[:, None, :] * k, 2), scale, ok, mask, b, h, rows[:, None], j)
         gone = tl.maximum(gone, tl.max((ok & ~(scores < INF)).to(tl.int32), 1))
         fine = ok & (scores < INF)
         new_top = tl.maximum(top, tl.max(tl.where(fine, scores, -INF), 1))
@@ -106,7 +83,7 @@ def _gather_forward_kernel(
     rows = (task % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     if (task % blocks) * BLOCK_R < n_rows:
         ok_rows = rows < n_rows
-        q = load_block(slice_of(query, batch, h, first), query[3], rows, ok_rows, WIDTH, BLOCK_D)
+        q = wide(load_rows(slice_of(query, batch, h, first), query[3], rows, n_rows, 0, WIDTH, BLOCK_D))
         key_ptr = slice_of(key, col_batch, h, col_first)
         value_ptr = slice_of(value, col_batch, h, col_first)
         list_start = lists[0] + batch * lists[1] + h.to(tl.int64) * lists[2] + (first + rows.to(tl.int64)) * lists[3]
@@ -122,8 +99,7 @@ def _gather_forward_kernel(
             # A sum of huge values may overflow where their mean does not; then it is taken of smaller ones.
             sums, _, _, _ = attend_lists(
                 q, key_ptr, key[3], value_ptr, value[3], list_start, length, rows, n_rows, n_cols, mask, seed,
-                dropout_p,
-                b, h, scale, 5.9604644775390625e-08, WIDTH, VALUE_WIDTH, BLOCK_R, BLOCK_L, BLOCK_D, BLOCK_E,
+                dropout_p, b, h, scale, 5.9604644775390625e-08, WIDTH, VALUE_WIDTH, BLOCK_R, BLOCK_L, BLOCK_D, BLOCK_E,
             )  # fmt: skip
             mean = tl.where(wild, sums / norm[:, None] * 16777216.0, mean)
         at_lse = batch * lse[1] + h.to(tl.int64) * lse[2] + first + rows
@@ -152,8 +128,8 @@ def _gather_query_gradient_kernel(
     rows = (task % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     if (task % blocks) * BLOCK_R < n_rows:
         ok_rows = rows < n_rows
-        q = load_block(slice_of(query, batch, h, first), query[3], rows, ok_rows, WIDTH, BLOCK_D)
-        g = load_block(slice_of(grad_out, batch, h, first), grad_out[3], rows, ok_rows, VALUE_WIDTH, BLOCK_E)
+        q = wide(load_rows(slice_of(query, batch, h, first), query[3], rows, n_rows, 0, WIDTH, BLOCK_D))
+        g = wide(load_rows(slice_of(grad_out, batch, h, first), grad_out[3], rows, n_rows, 0, VALUE_WIDTH, BLOCK_E))
         key_ptr = slice_of(key, col_batch, h, col_first)
         value_ptr = slice_of(value, col_batch, h, col_first)
         list_start = lists[0] + batch * lists[1] + h.to(tl.int64) * lists[2] + (first + rows.to(tl.int64)) * lists[3]
@@ -166,7 +142,7 @@ def _gather_query_gradient_kernel(
             j = tl.load(list_start[:, None] + slots, mask=ok_rows[:, None] & (slots < length), other=-1)
             ok = (j >= 0) & (j < n_cols)
             k = gather_rows(key_ptr, key[3], j, ok, WIDTH, BLOCK_D)
-            scores, ok = listed_scores(tl.sum(q[:, None, :] * k, 2), scale, ok, mask, b, h, rows[:, None], j)
+            scores, ok = biased(tl.sum(q[:, None, :] * k, 2), scale, ok, mask, b, h, rows[:, None], j)
             weight = tl.exp2(no_more_than_0((scores - logs[:, None]) * LOG2E))
             v = gather_rows(value_ptr, value[3], j, ok, VALUE_WIDTH, BLOCK_E)
             slope = tl.sum(g[:, None, :] * v, 2)
@@ -203,8 +179,8 @@ def _gather_key_gradient_kernel(
     if (task % blocks) * BLOCK_R < n_rows:
         ok_rows = rows < n_rows
         h = group * repeats
-        k = load_block(slice_of(key, col_batch, h, col_first), key[3], rows, ok_rows, WIDTH, BLOCK_D)
-        v = load_block(slice_of(value, col_batch, h, col_first), value[3], rows, ok_rows, VALUE_WIDTH, BLOCK_E)
+        k = wide(load_rows(slice_of(key, col_batch, h, col_first), key[3], rows, n_rows, 0, WIDTH, BLOCK_D))
+        v = wide(load_rows(slice_of(value, col_batch, h, col_first), value[3], rows, n_rows, 0, VALUE_WIDTH, BLOCK_E))
         key_sums = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         value_sums = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
         for repeat in range(repeats):
@@ -224,7 +200,7 @@ def _gather_key_gradient_kernel(
                 i = tl.load(entries + at, mask=ok, other=0) // length - flat
                 i = tl.where(ok, i, 0).to(tl.int32)
                 q = gather_rows(query_ptr, query[3], i, ok, WIDTH, BLOCK_D)
-                scores, ok = listed_scores(tl.sum(q * k[:, None, :], 2), scale, ok, mask, b, h, i, rows[:, None])
+                scores, ok = biased(tl.sum(q * k[:, None, :], 2), scale, ok, mask, b, h, i, rows[:, None])
                 logs = tl.load(lse[0] + at_lse + i, mask=ok, other=0.0)
                 minus = tl.load(delta + at_lse + i, mask=ok, other=0.0)
                 weight = tl.where(ok, tl.exp2(no_more_than_0((scores - logs) * LOG2E)), 0.0)
