@@ -103,7 +103,7 @@ def choose(operation: Operation, asked: str | None, args: tuple) -> Row:
     """The row that runs these arguments. ``asked`` is a name, "auto", or None / "" for what is in force."""
     name = policy(asked)
     if name == "auto":
-        row = operation.ladder(args[0])[0]
+        row = operation.ladder(probe(args))[0]
         if row.why_not(*args) is not None:
             row = _second_choice(operation, args)
     else:
@@ -113,14 +113,19 @@ def choose(operation: Operation, asked: str | None, args: tuple) -> Row:
         if reason is not None:
             raise BackendError(f"{operation.public}: backend {name!r} cannot run this call: {reason}")
     if _settings.log_dispatch():
-        print(f"hivilt: {operation.public} {_describe(args[0])} -> {row.name}", file=sys.stderr)
+        print(f"hivilt: {operation.public} {_describe(probe(args))} -> {row.name}", file=sys.stderr)
     _thread.ran = row.name
     return row
 
 
+def probe(args: tuple) -> Any:
+    """The tensor that tells where a call runs: the first argument, or the first of the list that it is."""
+    return args[0][0] if isinstance(args[0], list | tuple) else args[0]
+
+
 def _second_choice(operation: Operation, args: tuple) -> Row:
     reasons = []
-    for row in operation.ladder(args[0]):
+    for row in operation.ladder(probe(args)):
         reason = row.why_not(*args)
         if reason is None:
             if row.name == "reference":
@@ -176,9 +181,9 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> dict[str, str | No
     bound = bind(**call.arguments)[0]
     verdicts = {row: operation.rows[row].why_not(*bound) for row in NAMES}
     wanted = policy(asked)
-    willing = [row.name for row in operation.ladder(bound[0]) if verdicts[row.name] is None]
+    willing = [row.name for row in operation.ladder(probe(bound)) if verdicts[row.name] is None]
     runs = (willing or [None])[0] if wanted == "auto" else wanted if verdicts[wanted] is None else None
-    print(f"{name}: {_describe(bound[0])}")
+    print(f"{name}: {_describe(probe(bound))}")
     for row, reason in verdicts.items():
         print(f"  {row:<10}{'can run it' if reason is None else 'no: ' + reason}")
     print(f"  asked for {wanted}: " + (f"{runs} runs" if runs else "raises BackendError"))

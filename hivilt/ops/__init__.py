@@ -1,5 +1,16 @@
 """Operations: one file per family, each with argument checks, operator, autograd and backend rows."""
 
+from .scale_fusion import interpolate_add, interpolate_tokens, scale_fusion
+from .token_pool import token_pool
 from .topk_attention import selected_attention, topk_attention, topk_attention_varlen, topk_select
 
-__all__ = ["selected_attention", "topk_attention", "topk_attention_varlen", "topk_select"]
+__all__ = [
+    "interpolate_add",
+    "interpolate_tokens",
+    "scale_fusion",
+    "selected_attention",
+    "token_pool",
+    "topk_attention",
+    "topk_attention_varlen",
+    "topk_select",
+]

@@ -1,4 +1,4 @@
-"""Argument checks of the attention operations: every refusal names the operation, the argument, what was expected and
+"""Argument checks of the operations: every refusal names the operation, the argument, what was expected and
 what came; shapes and dtypes are printed, never data.  The good path compares tuples and returns."""
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Said(str):
         return str(self)
 
 
-def check_tensor(op: str, name: str, x: Any, rank: int, form: str, like: Tensor | None = None) -> None:
+def check_tensor(
+    op: str, name: str, x: Any, rank: int, form: str, like: Tensor | None = None, like_name: str = "query"
+) -> None:
     """A dense tensor of ``rank`` dimensions, of the dtype and on the device of ``like`` (else: any floating dtype)."""
     if not isinstance(x, Tensor):
         refuse(TypeError, op, name, f"a tensor {form}", x)
@@ -53,9 +55,20 @@ def check_tensor(op: str, name: str, x: Any, rank: int, form: str, like: Tensor 
     if x.dim() != rank:
         refuse(ValueError, op, name, f"{rank} dimensions {form}", x)
     if like is not None and x.dtype != like.dtype:
-        refuse(TypeError, op, name, f"query's dtype {str(like.dtype)[6:]}", x)
+        refuse(TypeError, op, name, f"{like_name}'s dtype {str(like.dtype)[6:]}", x)
     if like is not None and x.device != like.device:
-        refuse(ValueError, op, name, f"query's device {like.device}", x)
+        refuse(ValueError, op, name, f"{like_name}'s device {like.device}", x)
+
+
+def check_vector(op: str, name: str, x: Any, size: int, like: Tensor, dtypes: tuple) -> None:
+    if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
+        refuse(TypeError, op, name, f"a dense tensor of shape ({size},)", x)
+    if x.dtype not in dtypes:
+        refuse(TypeError, op, name, " or ".join(dict.fromkeys(str(d)[6:] for d in dtypes)), x)
+    if tuple(x.shape) != (size,):
+        refuse(ValueError, op, name, f"shape ({size},)", x)
+    if x.device != like.device:
+        refuse(ValueError, op, name, f"the features' device {like.device}", x)
 
 
 def check_qkv(op: str, query: Any, key: Any, value: Any) -> tuple[int, int, int, int, int]:
@@ -257,3 +270,18 @@ def check_max_seqlen(op: str, name: str, x: Any) -> int:
     if x < 0:
         refuse(ValueError, op, name, "an int of at least 0", x)
     return x
+
+
+def autocast(*tensors: Any):
+    """Under autocast the tensors take its dtype, as those of a Linear do."""
+    x = tensors[0]
+    if not isinstance(x, Tensor):
+        return tensors
+    device = x.device.type
+    if (device != "cpu" and not torch.amp.isautocast_available(device)) or not torch.isautocast_enabled(device):
+        return tensors
+    dtype = torch.getautocast_dtype(device)
+    wide = (torch.float64,)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in wide else t for t in tensors
+    )

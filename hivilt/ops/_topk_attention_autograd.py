@@ -7,44 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._backends import Operation, Row, choose
-from .._library import register_flops
+from .._backends import Row
+from ._running import differentiable_once, run
 from ._topk_attention_rows import BACKWARD, SELECTED_ATTENTION, TOPK_ATTENTION
 
 _INT32_MAX = 2**31 - 1
-_PLAIN = (Tensor, torch.nn.Parameter)
-_compiling = torch.compiler.is_compiling
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-
-
-def eager(x: Tensor) -> bool:
-    """True where nothing traces or transforms: then a row is called directly, with one operator boundary in all."""
-    return (
-        not _compiling() and type(x) in _PLAIN and not _functorch_active() and not _dispatch_modes() and not x.is_meta
-    )
-
-
-def run(operation: Operation, backend: str | Row | None, args: tuple):
-    """One operation on its operator arguments; ``backend`` None means what is in force when it runs, a row of the
-    operation has been chosen already."""
-    if isinstance(backend, Row):
-        return backend.run(*args)
-    if eager(args[0]):
-        return choose(operation, backend, args).run(*args)
-    if not _compiling():
-        register_flops()
-    return operation.opaque(*args, backend or "")
-
-
-def record(function: type[Function], args: tuple):
-    """``function.apply(*args)``.  In plain eager mode without its ``inspect.signature`` of forward at every call, which
-    only fills in defaults (there are none) and takes longer than all the rest of a small call."""
-    if eager(args[0]):
-        # As apply does: a tensor that outlived its functorch transform is replaced by what it wraps.
-        return super(Function, function).apply(*[_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args])
-    return function.apply(*args)
+BackwardOnce = differentiable_once(BACKWARD, "hivilt.reference.topk_attention")
 
 
 class TopkAttention(Function):
@@ -111,27 +79,6 @@ def _backward(ctx, grad_out, grad_lse, saved, attn_mask_at: int):
     # A plain backward records nothing; under create_graph a second backward must fail loudly, not silently.
     grads = BackwardOnce.apply(*args, backend) if torch.is_grad_enabled() else run(BACKWARD, backend, args)
     return tuple(g if wanted[i] else None for i, g in enumerate(grads))
-
-
-class BackwardOnce(Function):
-    """(operator arguments of the backward, backend) -> the four gradients; differentiating them raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        return run(BACKWARD, args[-1], args[:-1])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "hivilt: topk_attention has no double backward; use hivilt.reference.topk_attention where second "
-            "derivatives are needed"
-        )
 
 
 def tidy_lists(indices: Tensor, axis: int, attn_mask: Tensor | None, query: Tensor) -> Tensor:

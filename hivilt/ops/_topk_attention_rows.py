@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import _library
-from .._backends import VERSION, Operation, Row, choose
+from .._backends import Operation, Row, choose
 from . import _topk_attention_reference as reference
 from . import _topk_attention_schema as schema
 from . import _topk_attention_triton as triton
+from ._running import absent, cpp
 
 CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 CPU_WIDTH = 256
@@ -34,32 +36,8 @@ def _why_not_cpu(query: Tensor, value: Tensor, select_query: Tensor | None) -> s
     return "; ".join(reasons)
 
 
-def _call(name: str) -> Callable:
-    """Runs a C++ operator; a value that only C++ looks at (an offset, an index) comes back as a ValueError."""
-
-    def call(*args):
-        try:
-            return _twins[name](*args)
-        except RuntimeError as error:
-            text = str(error)
-            if "hivilt.ValueError: " not in text:
-                raise
-            raise ValueError("hivilt: " + text.split("hivilt.ValueError: ", 1)[1].split("\n", 1)[0]) from None
-
-    return call
-
-
 _twins: dict[str, Callable] = {}
-_attend, _select, _attend_selected, _backward = map(_call, schema.SCHEMAS)
-
-
-def _no_kernel(kind: str) -> Callable:
-    reason = f"hivilt {VERSION} ships no {kind} kernel for topk_attention"
-    return lambda *args: reason
-
-
-def _absent(*args):
-    raise AssertionError("a row whose why_not always refuses was run")
+_attend, _select, _attend_selected, _backward = (cpp(functools.partial(_twins.get, name)) for name in schema.SCHEMAS)
 
 
 def _operation(
@@ -81,7 +59,7 @@ def _operation(
         Row("reference", lambda *args: None, getattr(reference, name)),
         Row("cpu", why_not_cpu, run_cpu),
         Row("triton", triton.why_not(name), getattr(triton, name)),
-        Row("cuda", _no_kernel("CUDA C++"), _absent),
+        absent("CUDA C++", public),
     )
     operation.opaque, _twins[name] = schema.define(name, run)
     return operation

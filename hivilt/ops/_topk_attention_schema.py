@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from ._running import in_turn
 
 _SELECTION = "Tensor? attn_mask, Tensor? key_mask, Tensor? query_mask, Tensor? select_query, Tensor? select_key, "
 _PACKED = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -143,18 +144,10 @@ def _batching_rule(name: str, backend_at: int) -> Callable:
         op = getattr(torch.ops.hivilt, name).default
         # Dropout counts batches, so joined samples would draw other masks than samples in turn.
         if args[at["cu_seqlens_q"]] is not None or ("dropout_p" in at and args[at["dropout_p"]] > 0):
-            return _in_turn(op, info.batch_size, in_dims, args)
+            return in_turn(op, info.batch_size, in_dims, args)
         return _joined(op, info.batch_size, in_dims, args, at)
 
     return rule
-
-
-def _in_turn(op, size: int, in_dims, args):
-    each = [op(*(x if d is None else x.select(d, v) for x, d in zip(args, in_dims, strict=True))) for v in range(size)]
-    if isinstance(each[0], Tensor):
-        return torch.stack(each), 0
-    results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
-    return results, (0,) * len(results)
 
 
 def _joined(op, size: int, in_dims, args, at: dict[str, int]):

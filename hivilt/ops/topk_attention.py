@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _backends
 from ._checks import (
+    autocast,
     check_axis,
     check_flag,
     check_indices,
@@ -31,7 +31,8 @@ from ._checks import (
     check_topk,
     refuse,
 )
-from ._topk_attention_autograd import SelectedAttention, TopkAttention, _functorch_active, eager, record, run
+from ._running import draw_seed, eager, record, records, run
+from ._topk_attention_autograd import SelectedAttention, TopkAttention
 from ._topk_attention_rows import SELECTED_ATTENTION, TOPK_ATTENTION, TOPK_SELECT
 
 _autocast_anywhere = torch._C._is_any_autocast_enabled
@@ -192,7 +193,7 @@ def selected_attention(
     """
     args, _ = _bind_selected_attention(query, key, value, indices, axis, attn_mask, scale, dropout_p, return_lse,
                                        backend)  # fmt: skip
-    if not _records(args[0], args[1], args[2], args[5]):
+    if not records(args[0], args[1], args[2], args[5]):
         out, lse = run(SELECTED_ATTENTION, backend, args)
     elif eager(args[0]):
         out, lse = record(SelectedAttention, (*args, _backends.choose(SELECTED_ATTENTION, backend, args)))
@@ -305,22 +306,9 @@ def _bind_selected_attention(query, key, value, indices, axis="keys", attn_mask=
 def _autocast(query: Any, key: Any, value: Any, attn_mask: Any):
     """Under autocast query, key and value take its dtype, as in scaled_dot_product_attention, and a float mask of
     another half type follows them.  The selection source is left as given."""
-    if not isinstance(query, Tensor):
-        return query, key, value, attn_mask
-    device = "cpu" if query.is_cpu else query.device.type
-    if (device != "cpu" and not torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
-        return query, key, value, attn_mask
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
-            return x.to(dtype)
-        return x
-
-    query, key, value = cast(query), cast(key), cast(value)
     if isinstance(attn_mask, Tensor) and attn_mask.dtype != torch.float32:
-        attn_mask = cast(attn_mask)
-    return query, key, value, attn_mask
+        return autocast(query, key, value, attn_mask)
+    return *autocast(query, key, value), attn_mask
 
 
 def _check_choice(op, query, keys, attn_mask, key_mask, query_mask, select_query, select_key):
@@ -374,24 +362,8 @@ def default_scale(width: int) -> float:
     return 1.0 / math.sqrt(width) if width else 1.0
 
 
-def draw_seed(query: Tensor) -> Tensor:
-    """A dropout seed from torch's default generator of query's device."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
-
-
-def _records(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether autograd, or a functorch transform that may ask for derivatives, has to see the call."""
-    if forward_ad._current_level >= 0:  # forward mode: the Function refuses, a bare operator would drop tangents
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    if query.requires_grad or key.requires_grad or value.requires_grad:
-        return True
-    return (attn_mask is not None and attn_mask.requires_grad) or _functorch_active()
-
-
 def _forward(args: tuple, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    if not _records(args[0], args[1], args[2], args[5]):
+    if not records(args[0], args[1], args[2], args[5]):
         return run(TOPK_ATTENTION, backend, args)
     # Backward asks for the backend that ran forward; a traced graph only knows what was asked for.
     chosen = _backends.choose(TOPK_ATTENTION, backend, args) if eager(args[0]) else backend or ""

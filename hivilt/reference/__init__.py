@@ -1,5 +1,17 @@
 """The specification: plain PyTorch, float64-able, differentiable, one file per family. Imports nothing of hivilt."""
 
+from .scale_fusion import channel_dropout_keep, interpolate_add, interpolate_tokens, scale_fusion
+from .token_pool import token_pool
 from .topk_attention import dropout_keep, selected_attention, topk_attention, topk_select
 
-__all__ = ["dropout_keep", "selected_attention", "topk_attention", "topk_select"]
+__all__ = [
+    "channel_dropout_keep",
+    "dropout_keep",
+    "interpolate_add",
+    "interpolate_tokens",
+    "scale_fusion",
+    "selected_attention",
+    "token_pool",
+    "topk_attention",
+    "topk_select",
+]

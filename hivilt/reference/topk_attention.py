@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from .philox import counts, philox
+
 INF, NAN = float("inf"), float("nan")
 
 
@@ -229,26 +231,18 @@ def dropout_keep(
     device: torch.device | str = "cpu",
     first: tuple[int, int, int] = (0, 0, 0),
 ) -> Tensor:
-    """Bool [B, H, Q, N]: the probabilities that stay.  Philox4x32-10 (Salmon et al., SC'11) in int64 arithmetic.
+    """Bool [B, H, Q, N]: the probabilities that stay.
 
     Key: the two halves of ``seed``.  Counter: (j >> 2, i, h, b); pair (i, j) takes word j & 3 and stays when that is
     at least floor(dropout_p * 2^32).  A pure function of its arguments: the same mask forward, backward and anywhere.
     """
     B, H, Q, N = shape
-    low = 0xFFFFFFFF
-
-    def count(size: int, start: int, dim: int) -> Tensor:
-        return torch.arange(start, start + size, device=device).view([-1 if i == dim else 1 for i in range(4)])
-
-    c = [count((N + 3) // 4, 0, 3), count(Q, first[2], 2), count(H, first[1], 1), count(B, first[0], 0)]
-    if isinstance(seed, Tensor):
-        seed = seed.to(device)
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # the high half of a wrapped product is right after the mask
-        c = [(b >> 32 & low) ^ c[1] ^ k0, b & low, (a >> 32 & low) ^ c[3] ^ k1, a & low]
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    words = torch.stack([w.expand(B, H, Q, (N + 3) // 4) for w in c], -1).flatten(-2)[..., :N]
+    c = [
+        counts(n, i, 4, start, device)
+        for n, i, start in zip(((N + 3) // 4, Q, H, B), (3, 2, 1, 0), (0, *first[::-1]), strict=True)
+    ]
+    words = philox(c, seed.to(device) if isinstance(seed, Tensor) else seed)
+    words = torch.stack([w.expand(B, H, Q, (N + 3) // 4) for w in words], -1).flatten(-2)[..., :N]
     return words >= math.floor(dropout_p * 2.0**32)
 
 

@@ -1,0 +1,17 @@
+"""The operations of family B."""
+
+from __future__ import annotations
+
+from .. import _library
+from . import _scale_fusion_reference as reference
+from . import _scale_fusion_schema as schema
+from ._running import build
+
+_library.load()
+
+SCALE_FUSION = build("scale_fusion", "scale_fusion", schema, reference)
+BACKWARD = build("scale_fusion_backward", "scale_fusion", schema, reference)
+INTERPOLATE = build("interpolate_tokens", "interpolate_tokens", schema, reference)
+INTERPOLATE_DOT = build("interpolate_tokens_dot", "interpolate_add", schema, reference)
+
+_library.register_flops()

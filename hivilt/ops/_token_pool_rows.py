@@ -1,0 +1,15 @@
+"""The operations of token_pool."""
+
+from __future__ import annotations
+
+from .. import _library
+from . import _token_pool_reference as reference
+from . import _token_pool_schema as schema
+from ._running import build
+
+_library.load()
+
+TOKEN_POOL = build("token_pool", "token_pool", schema, reference)
+BACKWARD = build("token_pool_backward", "token_pool", schema, reference)
+
+_library.register_flops()
