@@ -63,7 +63,7 @@ def run(op: Any, arguments: dict) -> list[torch.Tensor]:
 
 
 def main() -> int:
-    from hivilt.triton_kernels import launch, topk_attention_launch
+    from hivilt.triton_kernels import launch, topk_attention_backward_launch, topk_attention_launch
 
     started, starts = set(), launch.launch
 
@@ -79,7 +79,8 @@ def main() -> int:
             print(f"{str(dtype)[6:]:<9} {what}" + (": NaN or infinity" if any(bad) else ""), flush=True)
             if any(bad):
                 return 1
-    every = {name for name in vars(topk_attention_launch) if name.endswith("_kernel")}
+    names = {**vars(topk_attention_launch), **vars(topk_attention_backward_launch)}
+    every = {name for name in names if name.endswith("_kernel")}
     print(f"{len(started)} of {len(every)} kernels; never started: {', '.join(sorted(every - started)) or 'none'}")
     return int(started != every)
 

@@ -15,7 +15,7 @@ if not triton.knobs.runtime.interpret:
 
 configs = pytest.importorskip("hivilt.triton_kernels.configs")
 launch = pytest.importorskip("hivilt.triton_kernels.launch")
-launches = pytest.importorskip("hivilt.triton_kernels.topk_attention_launch")
+plan = pytest.importorskip("hivilt.triton_kernels.topk_attention_plan")
 interpreter = pytest.importorskip("interpreter")
 
 op, varlen = hivilt.ops.topk_attention, hivilt.ops.topk_attention_varlen
@@ -36,7 +36,7 @@ WAYS = {
 def way(request, monkeypatch) -> str:
     fused, tile, gather, sample, multiprocessors = WAYS[request.param]
     for name, value in {"FUSED": fused, "GATHER_FROM": gather, "SAMPLE": sample, "SAMPLE_SINGLE": sample}.items():
-        monkeypatch.setattr(launches, name, value)
+        monkeypatch.setattr(plan, name, value)
     limits = configs.LIMITS["sm_90"]._replace(one_tile_half=tile, one_tile_single=tile)
     monkeypatch.setitem(configs.LIMITS, "sm_90", limits)
     monkeypatch.setattr(launch, "part_of", lambda x: ("sm_90", multiprocessors))
@@ -105,7 +105,7 @@ def test_every_way_takes_its_kernels(way, started):
 def test_rows_in_parts(monkeypatch, started, dtype):
     """Few long rows: several programs share each, and their lists are merged; masked parts hold nothing."""
     monkeypatch.setattr(launch, "part_of", lambda x: ("sm_90", 132))
-    monkeypatch.setattr(launches, "one_tile", lambda *_: 0)
+    monkeypatch.setattr(plan, "one_tile", lambda *_: 0)
     case = t.case(3, dtype, shape=(1, 2, 1, 3, 1400, 8, 8), **PLAIN | {"topk": 7, "key_mask": True, "fill": "ties"})
     x = case.inputs()
     x["key_mask"][:, 400:1100] = False
@@ -118,8 +118,8 @@ def test_rows_in_parts(monkeypatch, started, dtype):
 
 def test_sampled_bar_that_is_too_high(monkeypatch):
     """The sample sees only high scores: every row would keep too few, and runs again without a bar."""
-    monkeypatch.setattr(launches, "one_tile", lambda *_: 0)
-    monkeypatch.setattr(launches, "SAMPLE_SINGLE", 16)
+    monkeypatch.setattr(plan, "one_tile", lambda *_: 0)
+    monkeypatch.setattr(plan, "SAMPLE_SINGLE", 16)
     key = torch.rand(1, 1, 512, 4)
     key[:, :, :: 512 // 16] += 100.0
     x = {"query": torch.rand(1, 1, 5, 4), "key": key, "value": torch.randn(1, 1, 512, 4), "topk": 40}
@@ -175,7 +175,7 @@ def test_packed_calls(way, axis):
 def test_dropout_is_the_documented_mask(way):
     x = t.case(4, torch.float32, shape=(2, 2, 1, 9, 33, 8, 8), **PLAIN).inputs()
     torch.manual_seed(5)
-    seed = hivilt.ops.topk_attention.__globals__["draw_seed"](x["query"])
+    seed = hivilt.ops._running.draw_seed(x["query"])
     torch.manual_seed(5)
     leaves = [x[name].requires_grad_() for name in ("query", "key", "value")]
     out, indices = op(**x, dropout_p=0.4, return_indices=True, backend="triton")

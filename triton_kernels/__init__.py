@@ -2,10 +2,9 @@
 
 ``<stem>_launch.py`` takes tensors and returns tensors: it decides which kernels run and with which tiles. The kernels
 themselves, ``@triton.jit``, stand beside it in files named after what they compute. ``tiles.py`` is the tile algebra
-that
-they share, ``configs.py`` the table of tile sizes, ``launch.py`` the one place that starts a kernel. No
-``torch.library``
-and no autograd here; nothing in this package is imported before a CUDA tensor (or the interpreter) asks for it.
+that they share, ``configs.py`` the table of tile sizes, ``launch.py`` the one place that starts a kernel. No
+``torch.library`` and no autograd here; nothing in this package is imported before a CUDA tensor (or the interpreter)
+asks for it.
 """
 
 if __name__ != "hivilt.triton_kernels":

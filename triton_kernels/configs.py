@@ -36,9 +36,12 @@ class Config(NamedTuple):
     stages: int
 
 
-LEGAL = {"rows": (1, 2, 4, 8, 16, 32, 64, 128), "cols": (4, 8, 16, 32, 64, 128, 256, 512, 1024), "warps": (1, 2, 4,
-8, 16),
-         "stages": (1, 2, 3, 4)}  # fmt: skip
+LEGAL = {
+    "rows": (1, 2, 4, 8, 16, 32, 64, 128),
+    "cols": (4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    "warps": (1, 2, 4, 8, 16),
+    "stages": (1, 2, 3, 4),
+}
 
 
 class Limits(NamedTuple):
@@ -92,7 +95,7 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("dense_forward", _HALF, 256): Config(32, 32, 8, 2),
         ("dense_forward", _SINGLE, 64): Config(32, 32, 16, 1),
         ("dense_forward", _SINGLE, 128): Config(16, 16, 4, 1),
-        ("dense_forward", _SINGLE, 256): Config(16, 16, 8, 1),
+        ("dense_forward", _SINGLE, 256): Config(16, 32, 8, 1),
         ("delta", _HALF, 64): Config(32, 0, 4, 1),
         ("dense_query_gradient_heavy", _HALF, 64): Config(64, 32, 4, 1),
         ("dense_key_gradient_heavy", _HALF, 64): Config(32, 64, 8, 1),

@@ -160,8 +160,7 @@ def _gather_query_gradient_kernel(
 @triton.jit
 def _gather_key_gradient_kernel(
     query, key, value, grad_out, runs, entries, lse, delta, grad_key, grad_value, mask, seed, dropout_p, length,
-    list_heads,
-    scale, groups, blocks,
+    list_heads, scale, groups, blocks,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip

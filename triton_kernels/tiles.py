@@ -1,10 +1,12 @@
 """Tile algebra of all kernels: where a task stands, masked loads, scores and which pairs count, the search for a
-k-th best value, dropout.  Device functions only; layouts of the argument tuples are in ``arguments.py``.
+k-th best value, dropout.  Device functions only.
 
 A *ranking* tile [R, C] holds one fp32 number per pair in which plain ``>=`` is the order of the contract: a score is
 itself, a NaN score of a valid pair is -inf (below every number; a score of -inf is not valid), a pair that is not valid
 is NaN (no comparison ever takes it).
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,6 +28,31 @@ def segment(side, b):
     else:
         first = tl.load(side[6] + b)
         return tl.full([], 0, tl.int64), first.to(tl.int64), tl.load(side[6] + b + 1) - first
+
+
+class Place(NamedTuple):
+    """A head of a batch, and the tokens of its queries and keys: batch index in memory, first, how many."""
+
+    b: Any
+    h: Any
+    batch: Any
+    first: Any
+    n_rows: Any
+    col_batch: Any
+    col_first: Any
+    n_cols: Any
+
+
+class Rules(NamedTuple):
+    """What makes scores and weights of products, as arguments of a kernel.  bits: see ``bitmask.py``."""
+
+    bits: Any
+    mask: Any
+    query_mask: Any
+    key_mask: Any
+    seed: Any
+    dropout_p: Any
+    scale: Any
 
 
 @triton.jit
@@ -74,10 +101,18 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def product(x, y, total):
-    """total + x y, summed in fp32.  "ieee": float32 inputs are never rounded to TF32."""
+    """total + x y, summed in fp32.  "ieee": float32 inputs are never rounded to TF32.
+
+    Each product of float32 is a link that is summed apart, because the error of a sum grows with the length of its
+    chain; a matrix instruction sums half types in short links by itself.  max_num_imprecise_acc means nothing to
+    float32, but without it the compiler folds the addition into the product and makes one chain of all links.
+    """
     if INTERPRETED:
         x, y = wide(x), wide(y)
-    return tl.dot(x, y, total, input_precision="ieee")
+    if x.dtype == tl.float32:
+        return total + tl.dot(x, y, tl.zeros_like(total), input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(x, y, total)
 
 
 @triton.jit
@@ -123,19 +158,18 @@ def dots(
     x, row_ptr, row_stride, rows, n_rows, col_ptr, col_stride, cols, n_cols,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """fp32 <row, column> [R, C]; x holds the first BLOCK_D elements of the rows.
-
-    float32 is summed in links of BLOCK_D products, because the error of a sum grows with the length of its chain; a
-    matrix instruction sums half types in short links by itself.
-    """
-    zeros = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    total = product(x, tl.trans(load_rows(col_ptr, col_stride, cols, n_cols, 0, WIDTH, BLOCK_D)), zeros)
-    for start in tl.static_range(BLOCK_D, WIDTH, BLOCK_D):
-        x = load_rows(row_ptr, row_stride, rows, n_rows, start, WIDTH, BLOCK_D)
-        y = load_rows(col_ptr, col_stride, cols, n_cols, start, WIDTH, BLOCK_D)
-        if INTERPRETED or x.dtype == tl.float32:
-            total += product(x, tl.trans(y), zeros)
-        else:
+    """fp32 <row, column> [R, C], summed in products of BLOCK_D elements; x holds the first BLOCK_D of the rows."""
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    total = product(x, tl.trans(load_rows(col_ptr, col_stride, cols, n_cols, 0, WIDTH, BLOCK_D)), total)
+    if WIDTH <= 4 * BLOCK_D:
+        for start in tl.static_range(BLOCK_D, WIDTH, BLOCK_D):
+            x = load_rows(row_ptr, row_stride, rows, n_rows, start, WIDTH, BLOCK_D)
+            y = load_rows(col_ptr, col_stride, cols, n_cols, start, WIDTH, BLOCK_D)
+            total = product(x, tl.trans(y), total)
+    else:  # written out, so many products would hold the addresses of all their tiles at once
+        for start in range(BLOCK_D, WIDTH, BLOCK_D):
+            x = load_rows(row_ptr, row_stride, rows, n_rows, start, WIDTH, BLOCK_D)
+            y = load_rows(col_ptr, col_stride, cols, n_cols, start, WIDTH, BLOCK_D)
             total = product(x, tl.trans(y), total)
     return total
 

@@ -2,9 +2,9 @@
 
 ``_topk_attention_kernel``  a block of rows against all columns in one tile: QK^T, threshold by counting, then (ATTEND)
                             softmax and PV.  Nothing but out, lse and the lists is written.
-``_stream_select_kernel``   rows longer than a tile: candidates above a sampled bar are appended to a buffer and,
-when it
-                            fills up, cut back to the topk best.  A count proves the sampled bar, or the rows run again.
+``_stream_select_kernel``   rows longer than a tile: candidates above a sampled bar are appended to a buffer and, when
+                            it fills up, cut back to the topk best.  A count proves the sampled bar, or the rows run
+                            again.
 ``_merge_lists_kernel``     the best of the lists that several programs made of parts of one row.
 
 Rows are queries and columns keys with axis="keys", the other way round with axis="queries".  Formulas and the cost
@@ -14,6 +14,7 @@ model: docs/topk_attention.md.
 import triton
 import triton.language as tl
 
+from .bitmask import pack
 from .tiles import (
     INF,
     LN2,
@@ -38,13 +39,6 @@ from .tiles import (
     some_wild,
     spoiled,
 )
-
-
-@triton.jit
-def pack(kept, SIZE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """uint32 [R, SIZE / 32]: bit c % 32 of word c // 32 says whether column c is kept."""
-    bit = tl.full([1, 1, 32], 1, tl.uint32) << tl.arange(0, 32)[None, None, :].to(tl.uint32)
-    return tl.sum(tl.where(tl.reshape(kept, [BLOCK_R, SIZE // 32, 32]), bit, 0), 2)
 
 
 @triton.jit
@@ -85,9 +79,8 @@ def _topk_attention_kernel(
         row_ptr = slice_of(row, batch, h, first)
         x = load_rows(row_ptr, row[3], rows, n_rows, 0, WIDTH, BLOCK_D)
         total = dots(
-            x, row_ptr, row[3], rows, n_rows, slice_of(col, col_batch, h, col_first), col[3], cols, n_cols, WIDTH,
-            BLOCK_D,
-            BLOCK_R, BLOCK_C,
+            x, row_ptr, row[3], rows, n_rows, slice_of(col, col_batch, h, col_first), col[3], cols, n_cols,
+            WIDTH, BLOCK_D, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         valid = permitted(rows, row_mask, b, n_rows)[:, None] & permitted(cols, col_mask, b, n_cols)[None, :]
         scores, valid = biased(total, scale, valid, mask, b, h, rows[:, None], cols[None, :])
@@ -140,8 +133,8 @@ def _topk_attention_kernel(
 def _stream_select_kernel(
     row, col, lists, bests, marks, rank_scratch, column_scratch, mask, row_mask, col_mask,
     topk, sampled, scale, heads, blocks, splits, tasks,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    CAPACITY: tl.constexpr, SAMPLE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, CAPACITY: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """The topk best columns of each row (splits > 1: of each of so many parts of it, with their ranks in ``bests``).
 
@@ -206,9 +199,8 @@ def _stream_select_kernel(
                         few = tl.load(ranks + (at + place), mask=place < filled[:, None], other=float("nan"))
                         lowest, last = cut(few, place, topk, False, CAPACITY)
                         held = tl.zeros([BLOCK_R], tl.int32)
-                        for part in range(
-                            0, CAPACITY, BLOCK_C
-                        ):  # what is kept moves to the front, never over the unread
+                        # What is kept moves to the front, never over what is not read yet.
+                        for part in range(0, CAPACITY, BLOCK_C):
                             there = part + tl.arange(0, BLOCK_C)[None, :]
                             fewer = tl.load(ranks + (at + there), mask=there < filled[:, None], other=float("nan"))
                             column = tl.load(columns + (at + there), mask=there < filled[:, None], other=-1)
@@ -227,15 +219,15 @@ def _stream_select_kernel(
                 start_bar = tl.where(short, float("-inf"), start_bar)
                 tries = tl.where((tries == 0) & (greatest(short.to(tl.int32)) > 0), 1, 2)
 
-            slots = tl.arange(0, BLOCK_K)[None, :]
-            here = (rows[:, None] < n_rows) & (slots < topk)
-            listed = tl.load(columns + (at + slots), mask=slots < filled[:, None], other=-1)
-            start = lists[0] + batch * lists[1] + h.to(tl.int64) * lists[2] + (first + rows.to(tl.int64)) * lists[3]
-            tl.store(start[:, None] + split * topk + slots, listed, mask=here)
-            if bests is not None:
-                best = tl.load(ranks + (at + slots), mask=slots < filled[:, None], other=float("nan"))
-                start = bests + batch * lists[1] + h.to(tl.int64) * lists[2] + (first + rows.to(tl.int64)) * lists[3]
-                tl.store(start[:, None] + split * topk + slots, best, mask=here)
+            to = batch * lists[1] + h.to(tl.int64) * lists[2] + (first + rows.to(tl.int64)) * lists[3] + split * topk
+            for part in range(0, topk, BLOCK_C):  # all at once, the addresses would take too many registers
+                slots = part + tl.arange(0, BLOCK_C)[None, :]
+                here = (rows[:, None] < n_rows) & (slots < topk)
+                listed = tl.load(columns + (at + slots), mask=slots < filled[:, None], other=-1)
+                tl.store(lists[0] + (to[:, None] + slots), listed, mask=here)
+                if bests is not None:
+                    best = tl.load(ranks + (at + slots), mask=slots < filled[:, None], other=float("nan"))
+                    tl.store(bests + (to[:, None] + slots), best, mask=here)
             if marks is not None:
                 at_marks = marks[0] + batch * marks[1] + h.to(tl.int64) * marks[2] + (first + rows) * marks[3] + split
                 tl.store(at_marks, tl.where(bad > 0, float("nan"), 0.0), mask=rows < n_rows)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..triton_kernels import topk_attention_backward_launch as backward
 from ..triton_kernels import topk_attention_launch as topk_attention
+from ..triton_kernels.topk_attention_plan import Packed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,7 +59,7 @@ class Call:
         packed = None
         if self.packed:
             starts = blank(B + 1, dtype=torch.int32)
-            packed = topk_attention.Packed(starts, starts, Q, N)
+            packed = Packed(starts, starts, Q, N)
             B, Q, N = 1, B * Q, B * N
         # Token-major memory, as the projections of nn.MultiheadAttention leave it.
         query, key, value = (blank(B, T, n, D).transpose(1, 2) for T, n in ((Q, H), (N, G), (N, G)))
@@ -77,7 +79,7 @@ class Call:
                 query, key, value, self.topk, axis, *masks, *source, packed, seed, scale, p
             )
         grad_lse = torch.empty_like(lse) if self.lists else None
-        topk_attention.topk_attention_backward(
+        backward.topk_attention_backward(
             torch.empty_like(out), grad_lse, query, key, value, out, lse, indices, axis, *masks, packed, seed, scale, p,
             self.mask == "bias",
         )  # fmt: skip

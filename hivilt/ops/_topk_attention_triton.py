@@ -28,6 +28,20 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
+def _backward_kernels() -> ModuleType:
+    from ..triton_kernels import topk_attention_backward_launch
+
+    return topk_attention_backward_launch
+
+
+@functools.cache
+def _plan() -> ModuleType:
+    from ..triton_kernels import topk_attention_plan
+
+    return topk_attention_plan
+
+
+@functools.cache
 def _installed() -> bool:
     return find_spec("triton") is not None
 
@@ -82,12 +96,13 @@ def why_not(name: str) -> Callable[..., str | None]:
 def _why_too_many(query: Tensor, key: Tensor, dtype: torch.dtype, topk: int, axis: int) -> str | None:
     from ..triton_kernels import launch
 
-    return _kernels().why_not(launch.part_of(query)[0], dtype, topk, (key, query)[axis].shape[2])
+    return _plan().why_not(launch.part_of(query)[0], dtype, topk, (key, query)[axis].shape[2])
 
 
-def topk_attention(query, key, value, topk, axis, attn_mask, key_mask, query_mask, select_query, select_key,
-                   cu_seqlens_q,
-                   cu_seqlens_k, seed, scale, dropout_p):  # fmt: skip
+def topk_attention(
+    query, key, value, topk, axis, attn_mask, key_mask, query_mask, select_query, select_key, cu_seqlens_q,
+    cu_seqlens_k, seed, scale, dropout_p,
+):  # fmt: skip
     """Operator ``hivilt::topk_attention`` without its backend argument."""
     packed = _packed(query, key, cu_seqlens_q, cu_seqlens_k)
     source = _source(select_query, select_key, packed)
@@ -96,12 +111,13 @@ def topk_attention(query, key, value, topk, axis, attn_mask, key_mask, query_mas
     )
 
 
-def topk_select(query, key, topk, axis, attn_mask, key_mask, query_mask, select_query, select_key, cu_seqlens_q,
-                cu_seqlens_k, scale):  # fmt: skip
+def topk_select(
+    query, key, topk, axis, attn_mask, key_mask, query_mask, select_query, select_key, cu_seqlens_q, cu_seqlens_k, scale
+):
     """Operator ``hivilt::topk_select`` without its backend argument."""
     packed = _packed(query, key, cu_seqlens_q, cu_seqlens_k)
-    return _kernels().topk_select(query, key, topk, axis, attn_mask, key_mask, query_mask,
-                                  *_source(select_query, select_key, packed), packed, scale)  # fmt: skip
+    source = _source(select_query, select_key, packed)
+    return _kernels().topk_select(query, key, topk, axis, attn_mask, key_mask, query_mask, *source, packed, scale)
 
 
 def selected_attention(query, key, value, indices, axis, attn_mask, cu_seqlens_q, cu_seqlens_k, seed, scale, dropout_p):
@@ -114,12 +130,13 @@ def selected_attention(query, key, value, indices, axis, attn_mask, cu_seqlens_q
     return _kernels().selected_attention(query, key, value, indices, axis, attn_mask, packed, seed, scale, dropout_p)
 
 
-def topk_attention_backward(grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask,
-                            query_mask,
-                            cu_seqlens_q, cu_seqlens_k, seed, scale, dropout_p, bias_grad):  # fmt: skip
+def topk_attention_backward(
+    grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask, query_mask, cu_seqlens_q,
+    cu_seqlens_k, seed, scale, dropout_p, bias_grad,
+):  # fmt: skip
     """Operator ``hivilt::topk_attention_backward`` without its backend argument."""
     packed = _packed(query, key, cu_seqlens_q, cu_seqlens_k)
-    return _kernels().topk_attention_backward(
+    return _backward_kernels().topk_attention_backward(
         grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask, query_mask, packed, seed,
         scale, dropout_p, bias_grad,
     )  # fmt: skip
@@ -134,7 +151,7 @@ def _packed(query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_
         values = _checks.check_offsets("hivilt", name, offsets, x.shape[2])
         longest.append(max((end - start for start, end in pairwise(values)), default=0))
         starts.append(torch.tensor(values, dtype=torch.int32).to(x.device, non_blocking=True))
-    return _kernels().Packed(*starts, *longest)
+    return _plan().Packed(*starts, *longest)
 
 
 def _source(select_query: Tensor | None, select_key: Tensor | None, packed):
