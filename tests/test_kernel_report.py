@@ -224,6 +224,25 @@ def test_dense_forward_uses_matrix_instructions(tmp_path):
     assert second[0] == "gfx942"
 
 
+def test_float32_products_stay_links(tmp_path):
+    """Every product starts from zero: one that went on from another's sum would be a chain as long as the head."""
+    starts = run_script(
+        tmp_path,
+        """
+import importlib, json, re, triton
+from dataclasses import replace
+from triton.compiler import ASTSource
+from hivilt.kernel_report.calls import DENSE
+from hivilt.kernel_report.specialise import PARTS, jobs
+(_, job), = jobs("sm_90", [replace(DENSE, dtype="fp32")], "_attention_forward")
+kernel = getattr(importlib.import_module(job.module), job.kernel)
+binary = triton.compile(ASTSource(kernel, job.signature, job.constants, job.attrs), PARTS["sm_90"], job.options)
+print(json.dumps(re.findall(r"tt\\.dot %\\S+, %\\S+, (%\\w+)", binary.asm["ttgir"])))
+""",
+    )
+    assert len(starts) >= 4 and all(name.startswith("%cst") for name in starts)
+
+
 def test_interpreter_is_refused():
     done = run_python("-m", "hivilt.kernel_report", TRITON_INTERPRET="1")
     assert done.returncode == 2
