@@ -1,16 +1,16 @@
 // What the attention kernels are told: plain pointers, sizes and element strides, no torch. One Problem describes a
-// call, batched or packed (varlen); Task is one slice of its work; Kernels is the table that each ISA fills.
+// call, batched or packed (varlen); Task is one slice of its work; AttentionKernels is the table that each ISA fills.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "core/inline.h"
 #include "core/philox.h"
 
 namespace hivilt {
 
-enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 
 // A (B, H, T, width) tensor whose last stride is 1. For packed tensors stride_b is 0 and rows are found by segment.
@@ -19,7 +19,7 @@ struct Operand {
   int64_t stride_b = 0, stride_h = 0, stride_t = 0;
   DType dtype = DType::kFloat32;
 
-  HIVILT_INLINE int64_t element_bytes() const { return dtype == DType::kFloat32 ? 4 : 2; }
+  HIVILT_INLINE int64_t element_bytes() const { return bytes_of(dtype); }
 };
 
 struct Problem {
@@ -128,8 +128,7 @@ struct Kernel {
   size_t (*scratch_bytes)(const Problem&);
 };
 
-struct Kernels {
-  const char* name;
+struct AttentionKernels {
   Kernel topk_forward;            // axis 0: select, softmax, gather; tasks: query rows of (b, h)
   Kernel topk_select;             // lists only; tasks: list rows of (b, list head)
   Kernel shared_nan_rows;         // of a shared selection; tasks: query rows of (b, all heads)

@@ -1,26 +1,12 @@
-// Rows of the caller as fp32, in place where that is what they are; how a finished, an empty and a poisoned query row
-// leave: out in the caller's dtype, log-sum-exp in fp32.
+// How a finished, an empty and a poisoned query row leave: out in the caller's dtype, log-sum-exp in fp32.
 #pragma once
 
+#include "core/attention_problem.h"
 #include "core/gather.h"
 #include "core/pack.h"
 #include "core/softmax.h"
 
 namespace hivilt::HIVILT_ISA {
-
-// A row to read, zeros up to `padded`.
-HIVILT_INLINE const float* wide_row(const char* row, DType dtype, int64_t width, int64_t padded, float* buffer) {
-  if (dtype == DType::kFloat32 && width == padded) return reinterpret_cast<const float*>(row);
-  widen(row, dtype, width, buffer, padded);
-  return buffer;
-}
-// Where a row of results is computed; finish_row brings it to its place.
-HIVILT_INLINE float* wide_target(char* row, DType dtype, int64_t width, int64_t padded, float* buffer) {
-  return dtype == DType::kFloat32 && width == padded ? reinterpret_cast<float*>(row) : buffer;
-}
-HIVILT_INLINE void finish_row(const float* wide, DType dtype, int64_t width, char* row) {
-  if (reinterpret_cast<const char*>(wide) != row) narrow(wide, dtype, width, row);
-}
 
 inline void store_out(const Problem& p, int64_t b, int64_t h, int64_t i, const float* row, float lse) {
   finish_row(row, p.dtype, p.e, p.query_row(p.out, b, h, i));

@@ -2,7 +2,7 @@
 // column panels [k][kPanel] of the right-hand side of a score product. Only rows that take part are ever read.
 #pragma once
 
-#include "core/attention_problem.h"
+#include "core/dtype.h"
 #include "core/simd.h"
 
 namespace hivilt::HIVILT_ISA {
@@ -73,6 +73,22 @@ inline void narrow(const float* src, DType dtype, int64_t n, char* dst) {
   std::memcpy(tail, src + i, static_cast<size_t>(n - i) * 4);
   put(narrowed, load(tail));
   std::memcpy(half + i, narrowed, static_cast<size_t>(n - i) * 2);
+}
+
+// Rows of the caller as fp32, in place where that is what they are.
+
+// A row to read, zeros up to `padded`.
+HIVILT_INLINE const float* wide_row(const char* row, DType dtype, int64_t width, int64_t padded, float* buffer) {
+  if (dtype == DType::kFloat32 && width == padded) return reinterpret_cast<const float*>(row);
+  widen(row, dtype, width, buffer, padded);
+  return buffer;
+}
+// Where a row of results is computed; finish_row brings it to its place.
+HIVILT_INLINE float* wide_target(char* row, DType dtype, int64_t width, int64_t padded, float* buffer) {
+  return dtype == DType::kFloat32 && width == padded ? reinterpret_cast<float*>(row) : buffer;
+}
+HIVILT_INLINE void finish_row(const float* wide, DType dtype, int64_t width, char* row) {
+  if (reinterpret_cast<const char*>(wide) != row) narrow(wide, dtype, width, row);
 }
 
 // dst[c][r] = rows[r][first + c] for an 8 x 8 block of 32-bit words.

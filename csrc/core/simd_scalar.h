@@ -178,6 +178,10 @@ HIVILT_INLINE float widen_f16(uint16_t h) {
 HIVILT_INLINE Vec load_bf16(const uint16_t* p) {
   return map([&](int l) { return widen_bf16(p[l]); });
 }
+// Unsigned integers.
+HIVILT_INLINE Vec load_u16(const uint16_t* p) {
+  return map([&](int l) { return static_cast<float>(p[l]); });
+}
 HIVILT_INLINE Vec load_f16(const uint16_t* p) {
   return map([&](int l) { return widen_f16(p[l]); });
 }

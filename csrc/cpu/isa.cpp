@@ -9,27 +9,27 @@
 namespace hivilt {
 
 namespace scalar {
-extern const Kernels kernels;
+extern const KernelTables kernels;
 }
 namespace avx2 {
-extern const Kernels kernels;
+extern const KernelTables kernels;
 }
 namespace avx512 {
-extern const Kernels kernels;
+extern const KernelTables kernels;
 }
 namespace avx512_bf16 {
-extern const Kernels kernels;
+extern const KernelTables kernels;
 }
 
 namespace {
 
 struct Candidate {
   const char* name;
-  const Kernels* table;  // null: not compiled
+  const KernelTables* table;  // null: not compiled
   bool supported;
 };
 
-const Kernels& choose() {
+const KernelTables& choose() {
   bool has_avx2 = false, has_avx512 = false, has_bf16 = false;
 #if defined(__x86_64__)
   has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
@@ -38,7 +38,7 @@ const Kernels& choose() {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  const Kernels *avx2_table = nullptr, *avx512_table = nullptr, *bf16_table = nullptr;
+  const KernelTables *avx2_table = nullptr, *avx512_table = nullptr, *bf16_table = nullptr;
 #if defined(HIVILT_HAVE_AVX2)
   avx2_table = &avx2::kernels;
 #endif
@@ -56,7 +56,7 @@ const Kernels& choose() {
   };
   const char* cap = std::getenv("HIVILT_ISA");
   if (cap && !*cap) cap = nullptr;
-  const Kernels* best = nullptr;
+  const KernelTables* best = nullptr;
   bool known = cap == nullptr;
   for (const Candidate& c : candidates) {
     if (c.table && c.supported) best = c.table;
@@ -75,8 +75,8 @@ const Kernels& choose() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& table = choose();
+const KernelTables& kernels() {
+  static const KernelTables& table = choose();
   return table;
 }
 

@@ -1,10 +1,10 @@
-// The kernel table for this processor: the widest compiled ISA that it supports, capped by HIVILT_ISA.
+// The kernel tables for this processor: the widest compiled ISA that it supports, capped by HIVILT_ISA.
 #pragma once
 
-#include "core/attention_problem.h"
+#include "core/kernel_tables.h"
 
 namespace hivilt {
 
-const Kernels& kernels();
+const KernelTables& kernels();
 
 }  // namespace hivilt

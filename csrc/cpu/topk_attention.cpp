@@ -19,58 +19,20 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/tensors.h"
 
 namespace hivilt {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 // Describing the call.
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      if (x.scalar_type() != ScalarType::Half) reject("dtype", "float32, bfloat16 or float16", "another");
-      return DType::kFloat16;
-  }
-}
 
 Operand operand(Tensor& x, bool packed) {
   // Kernels read rows of adjacent elements; any other stride is free.
   if (x.size(3) > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
   return {static_cast<char*>(x.data_ptr()), packed ? 0 : x.stride(0), x.stride(1), x.stride(2), dtype_of(x)};
-}
-
-void succeed(AOTITorchError error) {
-  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("hivilt: torch refused a tensor (out of memory?)");
-}
-
-// Straight through the C interface: torch::stable::new_empty looks its operator up by name in every call.
-template <size_t kDims>
-Tensor strided(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims], int32_t dtype) {
-  AtenTensorHandle handle = nullptr;
-  succeed(aoti_torch_empty_strided(kDims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// A contiguous tensor without contents.
-template <size_t kDims>
-Tensor empty(const int64_t (&sizes)[kDims], int32_t dtype) {
-  int64_t strides[kDims], stride = 1;
-  for (size_t dim = kDims; dim-- > 0; stride *= std::max<int64_t>(1, sizes[dim])) strides[dim] = stride;
-  return strided(sizes, strides, dtype);
-}
-
-int32_t dtype_code(const Tensor& x) {
-  int32_t dtype;
-  succeed(aoti_torch_get_dtype(x.get(), &dtype));
-  return dtype;
 }
 
 // (B, H, T, width), stored token by token so that merging the heads afterwards moves nothing.
@@ -320,14 +282,14 @@ struct CrossLists {
     p.cross_offsets = static_cast<int32_t*>(offsets.data_ptr());
     p.cross_rows = static_cast<int32_t*>(rows.data_ptr());
     p.cross_slots = static_cast<int32_t*>(slots.data_ptr());
-    run(kernels().cross_lists, p, slice_tasks(p.batch, p.list_heads));
+    run(kernels().attention.cross_lists, p, slice_tasks(p.batch, p.list_heads));
   }
 };
 
 void attend_to_lists(Call& call) {
   std::optional<CrossLists> cross;
   if (call.p.axis == 1) cross.emplace(call);
-  run(kernels().selected_forward, call.p, query_tasks(call.p));
+  run(kernels().attention.selected_forward, call.p, query_tasks(call.p));
 }
 
 std::tuple<Tensor, Tensor, Tensor> topk_attention(Tensor query, Tensor key, Tensor value, int64_t topk, int64_t axis,
@@ -343,21 +305,21 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention(Tensor query, Tensor key, Tens
   call.new_out();
   if (topk < 0) {
     p.axis = 0;
-    run(kernels().dense_forward, p, query_tasks(p));
+    run(kernels().attention.dense_forward, p, query_tasks(p));
     return {call.out, call.lse, empty({0}, aoti_torch_dtype_int32())};
   }
   call.set_selection_source(select_query, select_key);
   const Tensor lists = call.new_lists(topk);
   if (axis == 0 && !p.shared) {
-    run(kernels().topk_forward, p, query_tasks(p));
+    run(kernels().attention.topk_forward, p, query_tasks(p));
     return {call.out, call.lse, lists};
   }
   std::vector<uint8_t> nan_rows(static_cast<size_t>(call.lse.numel()));
   p.nan_rows = nan_rows.data();
   if (p.shared) {
-    run(kernels().shared_nan_rows, p, tasks_of(p, 1, [&](int64_t b) { return p.queries_of(b); }));
+    run(kernels().attention.shared_nan_rows, p, tasks_of(p, 1, [&](int64_t b) { return p.queries_of(b); }));
   }
-  run(kernels().topk_select, p, list_tasks(p));
+  run(kernels().attention.topk_select, p, list_tasks(p));
   attend_to_lists(call);
   return {call.out, call.lse, lists};
 }
@@ -369,7 +331,7 @@ Tensor topk_select(Tensor query, Tensor key, int64_t topk, int64_t axis, MaybeTe
   call.set_token_masks(key_mask, query_mask);
   call.set_selection_source(select_query, select_key);
   Tensor lists = call.new_lists(topk);
-  run(kernels().topk_select, call.p, list_tasks(call.p));
+  run(kernels().attention.topk_select, call.p, list_tasks(call.p));
   return lists;
 }
 
@@ -430,10 +392,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
     p.axis = 0;
     call.set_token_masks(key_mask, query_mask);
     if (whole_heads) {
-      run(kernels().dense_backward, p, slice_tasks(p.batch, p.kv_heads));
+      run(kernels().attention.dense_backward, p, slice_tasks(p.batch, p.kv_heads));
     } else {
-      run(kernels().dense_backward_rows, p, query_tasks(p));
-      run(kernels().dense_backward_keys, p, key_tasks(p));
+      run(kernels().attention.dense_backward_rows, p, query_tasks(p));
+      run(kernels().attention.dense_backward_keys, p, key_tasks(p));
     }
     if (bias_grad) {
       std::vector<Task> tasks;
@@ -444,32 +406,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
           tasks.push_back({slice.b, slice.h, begin, std::min(begin + step, p.n_queries)});
         }
       }
-      run(kernels().dense_backward_mask, p, tasks);
+      run(kernels().attention.dense_backward_mask, p, tasks);
     }
   } else {
     call.use_lists(indices);
     std::optional<CrossLists> cross;
     if (axis == 1) cross.emplace(call);
     if (axis == 0 && !bias_grad && whole_heads) {
-      run(kernels().selected_backward, p, slice_tasks(p.batch, p.kv_heads));
+      run(kernels().attention.selected_backward, p, slice_tasks(p.batch, p.kv_heads));
     } else {
       const int64_t per_head = call.list_rows() * p.topk;
       const Tensor pairs = empty({2, query.size(0) * p.heads * per_head}, aoti_torch_dtype_float32());
       p.pair_weights = static_cast<float*>(pairs.data_ptr());
       p.pair_scores = p.pair_weights + pairs.size(1);
-      run(kernels().selected_backward_rows, p, query_tasks(p));
-      run(kernels().selected_backward_keys, p, key_tasks(p));
-      if (bias_grad) run(kernels().selected_backward_mask, p, slice_tasks(p.mask_size[0], p.mask_size[1]));
+      run(kernels().attention.selected_backward_rows, p, query_tasks(p));
+      run(kernels().attention.selected_backward_keys, p, key_tasks(p));
+      if (bias_grad) run(kernels().attention.selected_backward_mask, p, slice_tasks(p.mask_size[0], p.mask_size[1]));
     }
   }
   if (bias_grad) {
     grad_mask = torch::stable::to(grad_mask, call.mask.scalar_type());
   }
   return {grad_query, grad_key, grad_value, grad_mask};
-}
-
-std::string isa() {
-  return kernels().name;
 }
 
 }  // namespace
@@ -480,8 +438,4 @@ STABLE_TORCH_LIBRARY_IMPL(hivilt, CPU, m) {
   m.impl("topk_select_cpu", TORCH_BOX(&hivilt::topk_select));
   m.impl("selected_attention_cpu", TORCH_BOX(&hivilt::selected_attention));
   m.impl("topk_attention_backward_cpu", TORCH_BOX(&hivilt::topk_attention_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(hivilt, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&hivilt::isa));
 }

@@ -1,0 +1,17 @@
+// Everything that one instruction set offers.
+#pragma once
+
+#include "core/attention_problem.h"
+#include "core/fusion_problem.h"
+#include "core/pool_problem.h"
+
+namespace hivilt {
+
+struct KernelTables {
+  const char* name;
+  AttentionKernels attention;
+  FusionKernels fusion;
+  PoolKernels pool;
+};
+
+}  // namespace hivilt
