@@ -1,5 +1,6 @@
 """Seeds, threads, and one parameter per backend that can run here; the package itself is asked which can."""
 
+import functools
 import importlib.util
 import os
 
@@ -23,11 +24,23 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def verdict(name: str, device: str) -> str | None:
-    """None when the backend takes a small call on the device, else its reason."""
-    x = torch.ones(1, 1, 2, 2, device=device)
+def small_call(operation: str, device: str) -> tuple:
+    """Arguments of a call that every backend with kernels of an operation takes."""
+    x = torch.ones(1, 4, 8, device=device)
+    return {
+        "topk_attention": (x[None], x[None], x[None], 1),
+        "scale_fusion": ([x], torch.ones(8, 8, device=device)),
+        "interpolate_tokens": (x, (4,), (8,)),
+        "interpolate_add": (x, x),
+        "token_pool": (x, x[0], None, x[0, :1, :4], None, x[0, 0, :3]),
+    }[operation]
+
+
+@functools.cache
+def verdict(name: str, device: str, operation: str = "topk_attention") -> str | None:
+    """None when the backend takes a small call of the operation on the device, else its reason."""
     try:
-        hivilt.ops.topk_attention(x, x, x, 1, backend=name)
+        getattr(hivilt.ops, operation)(*small_call(operation, device), backend=name)
     except hivilt.BackendError as refusal:
         return str(refusal)
     return None
@@ -42,9 +55,14 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "operation(name): `where` skips backends without kernels of this one")
+    config.addinivalue_line("markers", "interpreted: small enough to go through Triton's interpreter in every test run")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Through the interpreter, where a small call takes a second, go malformed calls and one case of each test of masks
-    and of lists; test_triton_kernels.py walks through every kernel at sizes made for it."""
+    """Through the interpreter, where a small call takes a second, go malformed calls, one case of each test of masks
+    and of lists, and what is marked; test_triton_kernels.py walks through every kernel at sizes made for it."""
     if not INTERPRETED or config.getoption("--interpret-all"):
         return
     groups: dict[str, list] = {}
@@ -53,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
             groups.setdefault(item.nodeid.split("[")[0], []).append(item)
     dropped = set()
     for name, group in groups.items():
-        if "errors" not in name:
+        if "errors" not in name and not group[0].get_closest_marker("interpreted"):
             kept = group[len(group) // 2] if "masks" in name or "select" in name else None
             dropped.update(id(item) for item in group if item is not kept)
     config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
@@ -66,7 +84,11 @@ RUNNING = [where for where, reason in VERDICTS.items() if reason is None]
 
 @pytest.fixture(params=RUNNING, ids=["-".join(dict.fromkeys(where)) for where in RUNNING])
 def where(request) -> tuple[str, str]:
-    """A backend that can run here and the device it runs on."""
+    """A backend that can run here and the device it runs on; one with kernels of the operation that a mark names."""
+    mark = request.node.get_closest_marker("operation")
+    reason = verdict(*request.param, mark.args[0]) if mark else None
+    if reason:
+        pytest.skip(reason)
     return request.param
 
 
@@ -78,6 +100,12 @@ def backend(where) -> str:
 @pytest.fixture
 def device(where) -> str:
     return where[1]
+
+
+@pytest.fixture
+def ask():
+    """``ask(backend, device, operation)``: None, or why the backend cannot run the operation."""
+    return verdict
 
 
 @pytest.fixture

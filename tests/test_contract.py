@@ -4,6 +4,8 @@ import inspect
 import itertools
 import math
 
+import plain_scale_fusion
+import plain_token_pool
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ B, H, G, Q, N, D, E = 2, 4, 2, 5, 7, 8, 6
 
 
 def representative(name: str, device: str) -> list[tuple]:
-    """Argument tuples of an operator of family A that between them set every optional argument."""
+    """Argument tuples of an operator that between them set every optional argument."""
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=g).to(device)  # noqa: E731
     backend = () if name.endswith("_cpu") else ("",)
@@ -61,7 +63,8 @@ def representative(name: str, device: str) -> list[tuple]:
             (go, None, q, k, v, out, lse, indices, 0, *masks, None, 0.3, 0.0, False, *backend),
             (go, gl, q, k, v, out, lse, empty, 0, *masks, None, 0.3, 0.0, True, *backend),
         ]
-    return []
+    other = plain_token_pool if name.startswith("token_pool") else plain_scale_fusion
+    return [(*args, *backend) for args in other.representative(name, device)]
 
 
 def operators() -> list[str]:
