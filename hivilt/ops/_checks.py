@@ -278,9 +278,9 @@ def autocast(*tensors: Any):
     if not isinstance(x, Tensor):
         return tensors
     device = x.device.type
-    if (device != "cpu" and not torch.amp.isautocast_available(device)) or not torch.isautocast_enabled(device):
+    if (device != "cpu" and not torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.getautocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device)
     wide = (torch.float64,)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in wide else t for t in tensors

@@ -189,7 +189,7 @@ def axis_taps(
         x = o * ratio
     else:
         ratio = torch.tensor(size / out_size, dtype=dtype, device=device)
-        x = ((o + 0.5) * ratio - 0.5).clamp(min=0.0)
+        x = ((o.to(dtype) + 0.5) * ratio - 0.5).clamp(min=0.0)
     i = x.long().clamp(max=size - 1)
     part = (x - i).clamp(0.0, 1.0)
     return torch.stack([i, (i + 1).clamp(max=size - 1)], 1), torch.stack([1.0 - part, part], 1)
