@@ -1,5 +1,9 @@
-"""The specification: plain PyTorch, float64-able, differentiable, one file per family. Imports nothing of hivilt."""
+"""The specification: plain PyTorch, float64-able, differentiable, one file per family; and plain modules.
 
+Imports nothing of hivilt.
+"""
+
+from . import modules
 from .scale_fusion import channel_dropout_keep, interpolate_add, interpolate_tokens, scale_fusion
 from .token_pool import token_pool
 from .topk_attention import dropout_keep, selected_attention, topk_attention, topk_select
@@ -9,6 +13,7 @@ __all__ = [
     "dropout_keep",
     "interpolate_add",
     "interpolate_tokens",
+    "modules",
     "scale_fusion",
     "selected_attention",
     "token_pool",

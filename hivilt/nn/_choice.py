@@ -1,0 +1,69 @@
+"""Whether a module takes its operator or its plain twin.
+
+The operator reads parameters of inner modules without calling them, so nobody may have changed those; and, unless a
+backend was asked for, there must be a kernel for the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .._backends import policy
+from ..ops._scale_fusion_rows import INTERPOLATE, SCALE_FUSION
+from ..ops._token_pool_rows import TOKEN_POOL
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLAIN_TENSORS = (nn.Parameter, Tensor)
+MARK = "_hivilt_swapped"  # in the __dict__ of an instance that accelerate made: the class it had before
+
+
+class Inner(NamedTuple):
+    """An inner module whose parameters an operator reads: its path, itself, and the classes it may have."""
+
+    path: str
+    module: nn.Module
+    kinds: tuple[type, ...]
+
+
+def why_changed(parts: Iterable[Inner]) -> str | None:
+    """The first reason why an operator would not compute what calling these modules computes, or None."""
+    for path, module, kinds in parts:
+        if type(module) not in kinds:
+            if isinstance(module, nn.Module) and is_parametrized(module):
+                return f"{path} is parametrized"
+            return f"{path} was replaced by a {type(module).__name__}"
+        if "forward" in module.__dict__:
+            return f"the forward of {path} was replaced"
+        if any(getattr(module, hooks, None) for hooks in HOOKS):
+            return f"{path} carries hooks, which would not fire"
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (type(parameter) not in PLAIN_TENSORS or parameter.is_quantized):
+                return f"{path}.{name} is a {type(parameter).__name__}"
+    return None
+
+
+# For each operation, the arguments of an empty call on a tensor x [0, 1, 1].
+EMPTY_CALLS = {
+    "scale_fusion": (
+        SCALE_FUSION,
+        lambda x: ([x], x.new_empty(1, 1), None, None, None, None, [1], [1], "none", 1e-5, "none", 0.0, "linear", False,
+                   0, "auto", False),
+    ),
+    "interpolate_add": (INTERPOLATE, lambda x: (x, x, None, 1.0, [1], [1], 1, "linear", False, False)),
+    "token_pool": (TOKEN_POOL, lambda x: (x, None, None, None, None, x.new_empty(1), None, [0])),
+}  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def kernel_exists(operation: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a call is worth the operator: not where its only row would be the reference, unless asked for."""
+    if policy(None) != "auto":
+        return True
+    rows, empty_call = EMPTY_CALLS[operation]
+    call = empty_call(torch.empty((0, 1, 1), dtype=dtype, device=device))
+    return any(row.why_not(*call) is None for name, row in rows.rows.items() if name != "reference")

@@ -1,0 +1,15 @@
+"""Plain torch.nn modules, usable without any kernel. Classes of the same names in hivilt.nn subclass them: same
+constructor, same parameters, faster inside."""
+
+from .progressive_fusion import CrossModalStage, ProgressiveFusion
+from .scale_fusion import AdaptiveFusion, CrossScaleFusion, HierarchicalPatchEmbedding
+from .token_pool import AdaptiveGlobalPooling
+
+__all__ = [
+    "AdaptiveFusion",
+    "AdaptiveGlobalPooling",
+    "CrossModalStage",
+    "CrossScaleFusion",
+    "HierarchicalPatchEmbedding",
+    "ProgressiveFusion",
+]
