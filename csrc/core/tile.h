@@ -7,19 +7,20 @@
 
 namespace hivilt::HIVILT_ISA {
 
-// a[r][k] at a + r * a_row + k * a_step (broadcast); b[k] at b + k * b_step (kTileVecs vectors).
-template <bool kPairs>
+// a[r][k] at a + r * a_row + k * a_step (broadcast); b[k] at b + k * b_step (kVecs vectors: kTileVecs, or 1 at an
+// edge).
+template <bool kPairs, int kVecs>
 HIVILT_INLINE void tile_product(int64_t steps, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                int64_t b_step, Vec (&acc)[kTileRows][kTileVecs]) {
+                                int64_t b_step, Vec (&acc)[kTileRows][kVecs]) {
   for (int64_t k = 0; k < steps; ++k) {
-    Vec column[kTileVecs];
+    Vec column[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) column[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
       const Vec x = splat(a[r * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVecs; ++v) {
+      for (int v = 0; v < kVecs; ++v) {
 #if defined(HIVILT_SIMD_BF16_DOT)
         if constexpr (kPairs) {
           acc[r][v] = dot_bf16(x, column[v], acc[r][v]);
@@ -34,30 +35,33 @@ HIVILT_INLINE void tile_product(int64_t steps, const float* a, int64_t a_row, in
   }
 }
 
-HIVILT_INLINE void tile_zero(Vec (&acc)[kTileRows][kTileVecs]) {
+template <int kVecs>
+HIVILT_INLINE void tile_zero(Vec (&acc)[kTileRows][kVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVecs; ++v) acc[r][v] = splat(0.0f);
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = splat(0.0f);
   }
 }
 
-HIVILT_INLINE void tile_add(float* c, int64_t c_row, const Vec (&acc)[kTileRows][kTileVecs]) {
+template <int kVecs>
+HIVILT_INLINE void tile_add(float* c, int64_t c_row, const Vec (&acc)[kTileRows][kVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVecs; ++v) {
+    for (int v = 0; v < kVecs; ++v) {
       float* to = c + r * c_row + v * kLanes;
       store(to, add(load(to), acc[r][v]));
     }
   }
 }
 
-HIVILT_INLINE void tile_store(float* c, int64_t c_row, const Vec (&acc)[kTileRows][kTileVecs]) {
+template <int kVecs>
+HIVILT_INLINE void tile_store(float* c, int64_t c_row, const Vec (&acc)[kTileRows][kVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVecs; ++v) store(c + r * c_row + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) store(c + r * c_row + v * kLanes, acc[r][v]);
   }
 }
 
@@ -89,6 +93,23 @@ template <bool kPairs>
 HIVILT_INLINE void tile_scores(int64_t steps, const float* a, int64_t a_row, const float* b,
                                Vec (&acc)[kTileRows][kTileVecs]) {
   tile_links<kPairs>(steps, kScoreLink, a, a_row, 1, b, kPanel, acc);
+}
+
+template <int kVecs>
+struct Vecs {
+  static constexpr int value = kVecs;
+};
+
+// body(panel, Vecs<n>) for every panel of `columns` columns; the last needs one vector where no more are left.
+template <class Body>
+HIVILT_INLINE void each_panel(int64_t columns, Body body) {
+  for (int64_t panel = 0; panel * kPanel < columns; ++panel) {
+    if (columns - panel * kPanel > kLanes) {
+      body(panel, Vecs<kTileVecs>());
+    } else {
+      body(panel, Vecs<1>());
+    }
+  }
 }
 
 }  // namespace hivilt::HIVILT_ISA
