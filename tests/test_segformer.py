@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,6 +192,8 @@ def test_autocast_gives_its_dtype():
     ours = SegformerFusionHead.from_hf(head)
     truth = wide(head)(doubles(maps))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        as_exact(ours(maps), head(maps), truth)
+    with torch.no_grad():  # and leaves nothing composed in its dtype behind
         as_exact(ours(maps), head(maps), truth)
 
 
@@ -385,8 +389,8 @@ def test_hooks_behind_the_linear_layers_fire(name):
     torch.testing.assert_close(seen[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("replacement", ["sync", "identity", "no-affine", "no-statistics", "gelu"])
-def test_other_norms_and_activations(replacement):
+@pytest.mark.parametrize("replacement", ["sync", "identity", "no-affine", "no-statistics", "gelu", "biases"])
+def test_other_norms_activations_and_biases(replacement):
     head, maps = head_of(), maps_of()
     norm = head.batch_norm
     if replacement == "sync":
@@ -399,6 +403,10 @@ def test_other_norms_and_activations(replacement):
         norm.affine = False
     elif replacement == "no-statistics":
         head.batch_norm = nn.BatchNorm2d(D, track_running_stats=False).eval()
+    elif replacement == "biases":
+        head.linear_fuse.bias, head.classifier.bias = nn.Parameter(torch.randn(D)), None
+        for projection in head.linear_projections[::2]:
+            projection.proj.bias = None
     else:
         head.activation = nn.GELU()
     check_equal(SegformerFusionHead.from_hf(head), maps)
@@ -493,6 +501,14 @@ def test_replace_segformer_heads_in_place():
         replace_segformer_heads(head_of())
     with pytest.raises(TypeError, match="model"):
         replace_segformer_heads([model])
+
+
+def test_nothing_imports_transformers():
+    code = (
+        "import sys, torch, hivilt; hivilt.accelerate(torch.nn.Linear(2, 2)); hivilt.nn; "
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Subclass(SegformerDecodeHead):
