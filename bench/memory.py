@@ -12,17 +12,18 @@ import gc
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import device
+import family
 import torch
-from rivals import Case, draw, runner
 
 M_MMAP_THRESHOLD = -3
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["__main__", "torch"])
 
 
-def peak_bytes(name: str, case: Case, threads: int, run: Callable[[], object], timeout_s: float = 120) -> int | None:
+def peak_bytes(name: str, case: Any, threads: int, run: Callable[[], object], timeout_s: float = 120) -> int | None:
     """Peak memory of one call of a rival, ``run`` in this process; None where it cannot be measured."""
     if device.LIKE_GPU:
         return device.peak_bytes(run)
@@ -41,7 +42,8 @@ def peak_bytes(name: str, case: Case, threads: int, run: Callable[[], object], t
         child.join()
 
 
-def _child(pipe, name: str, case: Case, threads: int) -> None:
+def _child(pipe, name: str, case: Any, threads: int) -> None:
+    draw, runner = family.of(case).draw, family.of(case).runner
     # Freed blocks go back to the system at once, so that they cannot hide what comes after.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     torch.set_num_threads(threads)

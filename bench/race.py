@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import family
 import gpu_rivals  # its rivals enter rivals.RIVALS
 import memory
 import pytest
@@ -15,13 +16,16 @@ import torch
 from device import LIKE_GPU
 from gate import Gate
 from interleave import CLOCK, others_at_work, quartiles, ratio, take_turns
-from rivals import DENSE, MAY_REFUSE, Case, draw, hivilt_backend, runner
 from roofline import Cost, Peak
 from stopwatch import stopwatch
 
 import hivilt
 
-BASELINES = ("eager", "sdpa", "flash", "cudnn", "floor", "hivilt_fp32", "normal")
+BASELINES = (
+    "eager", "permute", "compile", "deterministic", "sdpa", "flash", "cudnn", "floor", "gemm", "copy", "hivilt_fp32",
+    "normal",
+)  # fmt: skip
+Case = Any  # of any module that family.py knows to ask
 
 
 @dataclass
@@ -69,7 +73,7 @@ class WarmUp:
         name, case = self.entries[label]
         if name in ("compile", "flex", "hivilt"):
             if WarmUp.last[0] != case:
-                WarmUp.last = case, draw(case)
+                WarmUp.last = case, family.of(case).draw(case)
             first_call(name, case, WarmUp.last[1])
         pytest.skip("warmed up")
 
@@ -80,7 +84,8 @@ class Refusal(Exception):
 
 def first_call(name: str, case: Case, x: dict) -> tuple[Callable[[], tuple], tuple]:
     """The call that is to be timed, and what it computes. Raises Refusal for a rival that may have no kernel here."""
-    if name not in MAY_REFUSE:
+    runner = family.of(case).runner
+    if name not in family.of(case).MAY_REFUSE:
         run = runner(name, case, x)
         return run, run()
     with warnings.catch_warnings(record=True) as said:
@@ -101,20 +106,21 @@ def first_line(error: Exception) -> str:
 def run_race(title: str, entries: dict[str, tuple[str, Case]], seconds: float, settings: Settings) -> Outcome:
     """Races the entries, label -> (rival, case). A rival with a wrong result is not timed."""
     outcome, calls = Outcome(title), {}
-    drawn: dict[Case, tuple[dict, Gate]] = {}
+    drawn: dict[Case, tuple[dict, Any]] = {}
     if time.time() > settings.until:
         outcome.skipped = dict.fromkeys(entries, "no time was left for this race")
         return outcome
     for label, (name, case) in entries.items():
-        if name in MAY_REFUSE and time.time() > settings.until:  # the others make a race without it
+        kind = family.of(case)
+        if name in kind.MAY_REFUSE and time.time() > settings.until:  # the others make a race without it
             outcome.skipped[label] = "no time was left for this rival"
             continue
-        if name == "hivilt" and hivilt_backend(case.device) is None:
+        if name == "hivilt" and kind.hivilt_backend(case.device) is None:
             outcome.skipped[label] = f"no hivilt kernel for {case.device} here (python -m hivilt.info says why)"
             continue
         if case not in drawn:
-            x = draw(case)
-            drawn[case] = x, Gate(case, x)
+            x = kind.draw(case)
+            drawn[case] = x, getattr(kind, "Gate", Gate)(case, x)
         x, gate = drawn[case]
         try:
             run, results = first_call(name, case, x)
@@ -126,7 +132,7 @@ def run_race(title: str, entries: dict[str, tuple[str, Case]], seconds: float, s
             outcome.skipped[label] = f"not enough memory: {first_line(error)}"
             continue
         except Exception as error:
-            if isinstance(error, AssertionError) and name in MAY_REFUSE and LIKE_GPU:
+            if isinstance(error, AssertionError) and name in kind.MAY_REFUSE and LIKE_GPU:
                 # A kernel of torch's own, some of which are known to be wrong: news, but no failure of ours.
                 outcome.skipped[label] = f"wrong result, not timed: {first_line(error)}"
             else:
@@ -147,7 +153,7 @@ def run_race(title: str, entries: dict[str, tuple[str, Case]], seconds: float, s
             outcome.samples = take_turns(calls, seconds=seconds, rounds=settings.rounds, stopwatch=stopwatch())
         for label, samples in outcome.samples.items():
             name, case = entries[label]
-            cost = case_cost(name, case)
+            cost = family.of(case).case_cost(name, case)
             settle(outcome, label, samples, cost, settings, share())
     return outcome
 
@@ -158,11 +164,6 @@ def what_ran(name: str) -> str:
         return f"hivilt backend {hivilt.last_backend()}"
     backend = gpu_rivals.FUSED.get(name.removesuffix("_masked"))
     return f"scaled_dot_product_attention on {backend.name} alone" if backend else name
-
-
-def case_cost(name: str, case: Case) -> Cost:
-    """What the rival's own operation must at least do: dense attention for sdpa, the matrix product for the floor."""
-    return case.scores_cost() if name == "floor" else case.cost(dense=name in DENSE)
 
 
 def settle(outcome: Outcome, label: str, samples: list[float], cost: Cost, settings: Settings, busy: float) -> None:

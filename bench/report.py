@@ -10,15 +10,18 @@ import argparse
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gpu_targets
 
 ORDER = (
-    "eager", "compile", "flex", "sdpa_masked", "efficient_masked", "cudnn_masked", "math_masked", "sdpa", "flash",
-    "efficient", "cudnn", "math", "hivilt_fp32", "hivilt", "floor",
+    "eager", "permute", "compile", "deterministic", "flex", "sdpa_masked", "efficient_masked", "cudnn_masked",
+    "math_masked", "sdpa", "flash", "efficient", "cudnn", "math", "hivilt_fp32", "hivilt", "floor", "gemm", "copy",
 )  # fmt: skip
+FLOORS = ("floor", "gemm", "copy")  # parts of an operation, or as many bytes
+FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool")  # first words of titles
 MARKS = "<!-- benchmarks: {} -->", "<!-- end of benchmarks -->"
 
 # What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
@@ -29,6 +32,15 @@ SHAPES = {
 }
 DIRECTIONS = "forward", "forward+backward"
 TIMES_THE_FLOOR = 1.3  # on the last two shapes
+FUSION_SHAPES = ("B8-56x56-C96-S3", "B8-56x56-C192-S3", "B16-28x28-C256-S3")
+# (title without dtype, times faster than eager)
+FUSION_TARGETS = (
+    *((f"scale_fusion {direction} {shape}", goal)
+      for direction, goal in (("inference", 1.6), ("training forward", 2.5), ("forward+backward", 1.7))
+      for shape in FUSION_SHAPES),
+    ("interpolate_add inference B4-n784-N3136-C192", 5), ("segformer inference B1-B0-512x512", 3),
+    ("segformer inference B1-B5-512x512", 3), ("token_pool inference B8-N3136-C192", 3.5),
+)  # fmt: skip
 BF16_VS_FP32 = 1.6
 OVERHEAD_US = 10
 
@@ -161,6 +173,11 @@ def targets(results: Results) -> str:
             BF16_VS_FP32,
             False,
         )
+    for title, goal in FUSION_TARGETS:
+        group = f"{title}-fp32-{results.device}"
+        ratio = results.fact(group, "hivilt", "ratio_vs_eager")
+        what, shape = title.rsplit(" ", 1)
+        row(f"{what}: times faster than eager", shape, results.median(group, "hivilt"), ratio, goal, False)
     for direction in ("no-grad", "grad"):
         group = f"overhead {direction} {results.device}"
         beyond = results.fact(group, "hivilt", "us_beyond_mul")
@@ -174,15 +191,27 @@ def targets(results: Results) -> str:
     return table(["what", "shape", "hivilt", "measured (quartiles)", "target", "reached"], rows)
 
 
+def by_family(results: Results, one: Callable[[Results, str, Callable[[str], str]], str]) -> str:
+    """A table for each family that raced, of ``one(its races, what precedes the head, title -> label)``."""
+    tables = []
+    for family in FAMILIES:
+        part = copy.copy(results)
+        part.groups = {g: r for g, r in results.groups.items() if g.split()[0] == family and " data " not in g}
+        if part.groups:
+            before = "" if family == FAMILIES[0] else f"{family}, "
+            tables.append(one(part, before, lambda group, family=family: group.removeprefix(f"{family} ")))
+    return "\n\n".join(tables) or table([], [])
+
+
 def times(results: Results) -> str:
     """Median milliseconds of every rival of every race."""
-    groups = {g: r for g, r in results.groups.items() if not g.startswith(("overhead", "topk_attention data"))}
-    names = [name for name in ORDER if any(name in rivals for rivals in groups.values())]
-    rows = [
-        [group.removeprefix("topk_attention "), *(ms(results.median(group, name)) for name in names)]
-        for group in groups
-    ]
-    return table(["median ms", *names], rows)
+
+    def one(part: Results, before: str, label: Callable[[str], str]) -> str:
+        names = [name for name in ORDER if any(name in rivals for rivals in part.groups.values())]
+        rows = [[label(group), *(ms(part.median(group, name)) for name in names)] for group in part.groups]
+        return table([f"{before}median ms", *names], rows)
+
+    return by_family(results, one)
 
 
 def others(results: Results) -> str:
@@ -199,26 +228,30 @@ def others(results: Results) -> str:
 
 def present(results: Results) -> list[str]:
     """The rivals of these races that compute the whole operation, in a fixed order."""
-    return [name for name in ORDER[:-1] if name != "hivilt_fp32" and any(name in r for r in results.groups.values())]
+    names = [name for name in ORDER if name not in (*FLOORS, "hivilt_fp32")]
+    return [name for name in names if any(name in r for r in results.groups.values())]
 
 
 def memory(results: Results) -> str:
     """Peak memory of one call beyond its inputs, results included."""
-    rows, names = [], present(results)
-    for group, rivals in results.groups.items():
-        if not any(results.fact(group, name, "peak_bytes") for name in rivals) or " data " in group:
-            continue
-        size = next(filter(None, (results.fact(group, name, "output_bytes") for name in rivals)))
-        peaks = [results.fact(group, name, "peak_bytes") for name in names]
-        cells = ["-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]
-        rows.append([group.removeprefix("topk_attention "), f"{size / 2**20:.0f}", *cells])
-    return table(["peak MiB of one call", "results alone", *names], rows)
+
+    def one(part: Results, before: str, label: Callable[[str], str]) -> str:
+        rows, names = [], present(part)
+        for group, rivals in part.groups.items():
+            if not any(part.fact(group, name, "peak_bytes") for name in rivals):
+                continue
+            size = next(filter(None, (part.fact(group, name, "output_bytes") for name in names)), 0)
+            peaks = [part.fact(group, name, "peak_bytes") for name in names]
+            cells = ["-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]
+            rows.append([label(group), f"{size / 2**20:.0f}", *cells])
+        return table([f"{before}peak MiB of one call", "results alone", *names], rows)
+
+    return by_family(results, one)
 
 
 def errors(results: Results) -> str:
     """Largest absolute error against float64 in the judged head: of the output, and of the worst gradient. Outputs of
     dense attention are smaller than those of top-k attention, and so are its errors in half types."""
-    rows, names = [], present(results)
 
     def cell(found: dict[str, float] | None) -> str:
         if not found:
@@ -226,11 +259,12 @@ def errors(results: Results) -> str:
         grads = [error for name, error in found.items() if name != "out"]
         return f"{found['out']:.1e}" + (f", {max(grads):.1e}" if grads else "")
 
-    for group in results.groups:
-        if group.startswith("topk_attention forward"):
-            cells = [cell(results.fact(group, name, "max_error")) for name in names]
-            rows.append([group.removeprefix("topk_attention "), *cells])
-    return table(["largest error: output, worst gradient", *names], rows)
+    def one(part: Results, before: str, label: Callable[[str], str]) -> str:
+        names = present(part)
+        rows = [[label(group), *(cell(part.fact(group, name, "max_error")) for name in names)] for group in part.groups]
+        return table([f"{before}largest error: output, worst gradient", *names], rows)
+
+    return by_family(results, one)
 
 
 def left_out(results: Results) -> str:
@@ -319,11 +353,13 @@ def draw(results: Results, path: Path) -> bool:
 
 
 def shapes_only(results: Results) -> Results:
-    """The races of the three shapes, and on a CPU those in bf16."""
+    """The races of the three shapes, on a CPU those in bf16 too, and all others in the main dtype."""
     picked = copy.copy(results)
     shapes = results.shapes
     wanted = [f"topk_attention {d} {shape}-{results.dtype}-{results.device}" for d in DIRECTIONS for shape in shapes]
     wanted += [f"topk_attention forward {shape}-bf16-{results.device}" for shape in shapes if not results.like_gpu]
+    ending = f"-{results.dtype}-{results.device}"
+    wanted += [g for g in results.groups if g.split()[0] in FAMILIES[1:] and g.endswith(ending)]
     picked.groups = {group: results.groups[group] for group in wanted if group in results.groups}
     return picked
 

@@ -219,6 +219,11 @@ RIVALS = {
 MAY_REFUSE = {"compile"}  # rivals that some machines or shapes have no kernel for: left out, with the reason
 
 
+def case_cost(name: str, case: Case) -> roofline.Cost:
+    """What the rival's own operation must at least do: dense attention for sdpa, the matrix product for the floor."""
+    return case.scores_cost() if name == "floor" else case.cost(dense=name in DENSE)
+
+
 def runner(name: str, case: Case, x: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     """The call that is timed: () -> (out,), with backward (out, grad_query, grad_key, grad_value)."""
     forward = RIVALS[name](case, x)

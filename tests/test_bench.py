@@ -16,6 +16,7 @@ pytest.importorskip("pytest_benchmark")
 
 import compare
 import device
+import fusion_rivals
 import gpu_rivals
 import gpu_targets
 import interleave
@@ -154,6 +155,90 @@ def test_judged_selections_are_clear(case):
     scores = scores.mT if case.axis == "queries" else scores
     best = scores.sort(-1, descending=True).values
     assert (best[..., case.topk - 1] - best[..., case.topk]).min() > 1e-6
+
+
+FUSIONS = [
+    *(fusion_rivals.Fusion(B=2, side=6, channels=24, direction=d, dtype=dtype)
+      for d in fusion_rivals.DIRECTIONS for dtype in ("fp32", "bf16")),
+    *(kind(direction=d, **sizes)
+      for d in ("inference", "forward+backward")
+      for kind, sizes in ((fusion_rivals.Add, {"B": 2, "n": 9, "N": 20, "C": 7}),
+                          (fusion_rivals.Pool, {"B": 2, "N": 30, "C": 24}))),
+]  # fmt: skip
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", FUSIONS, ids=lambda case: f"{case.operation}-{case.direction}-{case}")
+def test_rivals_of_fusions_agree_with_float64(case):
+    x = fusion_rivals.draw(case)
+    gate = fusion_rivals.Gate(case, x)
+    for name in ["eager", "deterministic", "hivilt", "copy"] + ["permute"] * isinstance(case, fusion_rivals.Fusion):
+        errors = gate.check(name, fusion_rivals.runner(name, case, x)())
+        assert len(errors) == (0 if name == "copy" else 1 + case.backward * len(fusion_rivals.leaves_of(x)))
+        assert max(errors.values(), default=0.0) < (1e-4 if case.dtype == "fp32" else 0.5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", FUSIONS, ids=lambda case: f"{case.operation}-{case.direction}-{case}")
+def test_gate_of_fusions_refuses_a_wrong_result(case):
+    x = fusion_rivals.draw(case)
+    gate, results = fusion_rivals.Gate(case, x), fusion_rivals.runner("hivilt", case, x)()
+    for wrong, good in enumerate(results):
+        planted = [t.detach().clone() for t in results]
+        worst = good.detach().abs().flatten().argmax()
+        planted[wrong].view(-1)[worst] += 0.5 * good.detach().abs().max() + 0.01  # one gradient is 0
+        with pytest.raises(AssertionError, match="out" if wrong == 0 else f"grad{wrong - 1}"):
+            gate.check("hivilt", planted)
+    if case.drops:  # as if nothing had been dropped, and the wrong half of everything
+        for rate in (0.0, 0.5):
+            planted = [t.detach().clone() for t in results]
+            planted[0] = torch.where(torch.rand_like(planted[0]) < rate, 0.0, planted[0] + 1e-3)
+            with pytest.raises(AssertionError, match=r"dropped|error"):
+                gate.check("hivilt", planted)
+
+
+def test_segformer_heads_agree_with_float64():
+    pytest.importorskip("transformers")
+    case = fusion_rivals.Head(B=1, model="B0", image=64, direction="forward+backward")
+    x = fusion_rivals.draw(case)
+    gate = fusion_rivals.Gate(case, x)
+    for name in ("eager", "hivilt") if fusion_rivals.hivilt_backend("cpu") else ("eager",):
+        results = fusion_rivals.runner(name, case, x)()
+        assert max(gate.check(name, results).values()) < 1e-4
+        planted = [t.detach().clone() for t in results]
+        planted[3] *= 1.1
+        with pytest.raises(AssertionError, match="grad2"):
+            gate.check(name, planted)
+
+
+@needs_kernel
+def test_race_of_a_fusion(monkeypatch):
+    """The same race as for attention; a rival that is wrong is not timed."""
+    case = fusion_rivals.Fusion(B=1, side=6, channels=8)
+    monkeypatch.setitem(fusion_rivals.RIVALS, "permute", lambda case: lambda *x: torch.zeros_like(x[0]))
+    settings = race.Settings(2, 2, roofline.Peak(1e9, 1e9), {"cpu": "test"}, weigh=False)
+    names = ("eager", "permute", "hivilt", "gemm", "copy")
+    outcome = race.run_race("tiny", {name: (name, case) for name in names}, 0, settings)
+    assert list(outcome.failed) == ["permute"] and list(outcome.samples) == ["eager", "hivilt", "gemm", "copy"]
+    facts = outcome.facts["hivilt"]
+    assert facts["ratio_vs_eager"]["median"] > 0 and facts["ratio_vs_gemm"]["median"] > 0
+    assert facts["flops"] == outcome.facts["gemm"]["flops"] and outcome.facts["copy"]["flops"] == 0
+
+
+def test_work_of_fusions_is_counted():
+    """By hand, and every leaf is there."""
+    case = fusion_rivals.Fusion(B=2, side=4, channels=8)  # 16, 4 and 1 tokens of 8, 4 and 2 channels
+    numbers = 2 * (16 * 8 + 4 * 4 + 1 * 2) + 8 * 14 + 3 * 8
+    assert case.counts() == (2 * 8 * 2 * (16 * 8 + 4 * 4 + 1 * 2), numbers, 2 * 16 * 8)
+    assert fusion_rivals.case_cost("hivilt", case) == (case.counts()[0], 4 * (numbers + 256))
+    both = replace(case, direction="forward+backward", dtype="bf16")
+    assert fusion_rivals.case_cost("eager", both) == (3 * case.counts()[0], 2 * (3 * numbers + 2 * 256))
+    for one in (case, *FUSIONS[-4:]):
+        x = fusion_rivals.draw(one)
+        out = fusion_rivals.runner("eager", replace(one, direction="inference"), x)()[0]
+        assert one.counts()[1:] == (sum(t.numel() for t in fusion_rivals.leaves_of(x)), out.numel())
+        source = fusion_rivals.copied(one, x)()[0]
+        assert source.numel() == fusion_rivals.case_cost("copy", one).bytes // 2
 
 
 def test_turns_are_shuffled_rounds():
@@ -308,6 +393,27 @@ def test_report_holds_figures_against_targets(results):
     assert verdicts == {"forward: times faster than eager": "yes", "forward: times faster than dense SDPA": "no"}
     text = report.compose(results(), None)
     assert "instruction set in use: avx2" in text and "do not quote" not in text
+
+
+def test_report_has_a_table_for_each_family(results):
+    found = results()
+    attention = found.groups[next(iter(found.groups))]
+    title = f"scale_fusion inference {report.FUSION_SHAPES[0]}-fp32-cpu"
+    fusion = {name: copy.deepcopy(attention["hivilt"]) for name in ("eager", "permute", "hivilt", "gemm", "copy")}
+    for name, bench in fusion.items():
+        bench["extra_info"]["max_error"] = {} if name in report.FLOORS else {"out": 3e-7, "grad0": 4e-7}
+    alone = {part: part(found) for part in (report.times, report.memory, report.errors)}
+    found.groups[title] = fusion
+    for part, before in alone.items():
+        text = part(found)
+        assert text.startswith(before) and "scale_fusion, " in text and text.count("| permute") == 1
+        assert ("gemm" in text) == (part is report.times)
+    rows = [row for row in report.targets(found).splitlines() if report.FUSION_SHAPES[0] in row]
+    assert len(rows) == 1 and rows[0].split("|")[-2].strip() == "yes"
+    few = report.shapes_only(found)
+    assert title in few.groups and "3.0e-07, 4.0e-07" in report.for_readme(found, "r.json")
+    found.groups[title.replace("fp32", "bf16")] = fusion
+    assert len(report.shapes_only(found).groups) == len(few.groups)
 
 
 def test_compare_refuses_another_machine(results):

@@ -408,21 +408,21 @@ def test_autocast(where, half):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_fullgraph_equals_eager_bit_for_bit(where, dynamic):
-    backend, device = where
+def test_fullgraph_equals_eager_bit_for_bit(ask, verdicts, dynamic):
     torch._dynamo.reset()
     names = list(plain.leaves(plain.call(2, 30, 12, 5)))
 
     def call(mask, *leaves):
-        return op(**dict(zip(names, leaves, strict=True)), mask=mask, backend=backend).sin()
+        return op(**dict(zip(names, leaves, strict=True)), mask=mask).sin()
 
     fast = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for shape in ((2, 30, 12, 5), (3, 41, 12, 5)):
-        x, named = moved(plain.call(*shape, masked=True), device)
-        a, b = call(x["mask"], *named.values()), fast(x["mask"], *named.values())
-        assert torch.equal(a, b)
-        ga, gb = (torch.autograd.grad(r.sum(), list(named.values())) for r in (a, b))
-        assert all(torch.equal(p, q) for p, q in zip(ga, gb, strict=True))
+        for backend, device in (where for where in verdicts if ask(*where, "token_pool") is None):
+            x, named = moved(plain.call(*shape, masked=True), device)
+            with hivilt.use_backend(backend):
+                a, b = call(x["mask"], *named.values()), fast(x["mask"], *named.values())
+                ga, gb = (torch.autograd.grad(r.sum(), list(named.values())) for r in (a, b))
+            assert all(torch.equal(p, q) for p, q in zip((a, *ga), (b, *gb), strict=True))
 
 
 def test_fake_and_meta_tensors_have_the_real_form(where):
