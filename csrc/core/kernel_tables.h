@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/attention_problem.h"
+#include "core/bank_problem.h"
 #include "core/fusion_problem.h"
 #include "core/pool_problem.h"
 
@@ -12,6 +13,7 @@ struct KernelTables {
   AttentionKernels attention;
   FusionKernels fusion;
   PoolKernels pool;
+  BankKernels bank;
 };
 
 }  // namespace hivilt

@@ -44,6 +44,9 @@ HIVILT_INLINE uint32_t mask_ge(Vec a, Vec b) {
 HIVILT_INLINE uint32_t mask_gt(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
+HIVILT_INLINE uint32_t mask_not_le(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+}
 HIVILT_INLINE uint32_t mask_nan(Vec a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
 }

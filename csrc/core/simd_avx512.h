@@ -42,6 +42,9 @@ HIVILT_INLINE uint32_t mask_ge(Vec a, Vec b) {
 HIVILT_INLINE uint32_t mask_gt(Vec a, Vec b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
 }
+HIVILT_INLINE uint32_t mask_not_le(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ);
+}
 HIVILT_INLINE uint32_t mask_nan(Vec a) {
   return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
 }

@@ -60,6 +60,10 @@ HIVILT_INLINE uint32_t mask_ge(const Vec& a, const Vec& b) {
 HIVILT_INLINE uint32_t mask_gt(const Vec& a, const Vec& b) {
   return bits_where([&](int l) { return a.lane[l] > b.lane[l]; });
 }
+// Also where either is NaN.
+HIVILT_INLINE uint32_t mask_not_le(const Vec& a, const Vec& b) {
+  return bits_where([&](int l) { return !(a.lane[l] <= b.lane[l]); });
+}
 HIVILT_INLINE uint32_t mask_nan(const Vec& a) {
   return bits_where([&](int l) { return a.lane[l] != a.lane[l]; });
 }

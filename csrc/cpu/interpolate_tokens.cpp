@@ -95,13 +95,7 @@ Tensor interpolate_tokens_dot(Tensor grad, Tensor x, double factor, std::vector<
   call.run();
   double total = 0.0;
   for (const double dot : dots) total += dot;
-  const int64_t none[1] = {1};
-  AtenTensorHandle handle = nullptr;
-  succeed(
-      aoti_torch_empty_strided(0, none, none, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  *static_cast<float*>(result.data_ptr()) = static_cast<float>(factor * total);
-  return result;
+  return scalar(static_cast<float>(factor * total));
 }
 
 }  // namespace

@@ -56,4 +56,15 @@ inline int32_t dtype_code(const Tensor& x) {
   return dtype;
 }
 
+// A float32 tensor of no dimensions.
+inline Tensor scalar(float value) {
+  const int64_t none[1] = {1};
+  AtenTensorHandle handle = nullptr;
+  succeed(
+      aoti_torch_empty_strided(0, none, none, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor x(handle);
+  *static_cast<float*>(x.data_ptr()) = value;
+  return x;
+}
+
 }  // namespace hivilt

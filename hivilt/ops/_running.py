@@ -128,11 +128,18 @@ def why_not_cpu(*args) -> str | None:
     return "; ".join(reasons)
 
 
-def build(name: str, public: str, schema: ModuleType, reference: ModuleType, triton: Row | None = None) -> Operation:
+def build(
+    name: str,
+    public: str,
+    schema: ModuleType,
+    reference: ModuleType,
+    triton: Row | None = None,
+    why_not: Callable[..., str | None] = why_not_cpu,
+) -> Operation:
     """The operation ``name``: its rows, the operator ``hivilt::name`` that chooses among them when it runs, one sample
     after the other under vmap, and its C++ twin ``hivilt::name_cpu`` with the same arguments minus ``backend``.
 
-    schema: has SCHEMAS, FAKES and FLOPS by name; reference: has a function of that name.
+    schema: has SCHEMAS, FAKES and FLOPS by name; reference: has a function of that name; why_not: of the cpu row.
     """
     arguments, results = schema.SCHEMAS[name]
     fake, flops = schema.FAKES[name], schema.FLOPS.get(name)
@@ -144,7 +151,7 @@ def build(name: str, public: str, schema: ModuleType, reference: ModuleType, tri
     operation = Operation(
         public,
         Row("reference", lambda *args: None, getattr(reference, name)),
-        Row("cpu", why_not_cpu, cpp(lambda: twin)),
+        Row("cpu", why_not, cpp(lambda: twin)),
         triton or absent("Triton", public),
         absent("CUDA C++", public),
     )

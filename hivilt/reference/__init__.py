@@ -4,11 +4,14 @@ Imports nothing of hivilt.
 """
 
 from . import modules
+from .bank_retrieval import bank_attention, bank_retrieval
 from .scale_fusion import channel_dropout_keep, interpolate_add, interpolate_tokens, scale_fusion
 from .token_pool import token_pool
 from .topk_attention import dropout_keep, selected_attention, topk_attention, topk_select
 
 __all__ = [
+    "bank_attention",
+    "bank_retrieval",
     "channel_dropout_keep",
     "dropout_keep",
     "interpolate_add",

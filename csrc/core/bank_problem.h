@@ -1,0 +1,87 @@
+// What the kernels of bank retrieval are told: plain pointers, sizes and element strides.
+//
+// The scan multiplies blocks of bank rows with panels of queries and keeps, for every query and every split of the
+// bank, the rows that can still be among the topk best. Scanned in low precision a score is known up to a margin:
+// `lower` and `upper` enclose the float32 dot product, and a row is dropped only where its upper bound is not above the
+// topk-th best lower bound. docs/bank_retrieval.md proves the margin.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace hivilt {
+
+// Rows that one query may keep of one split, by ascending index. Of rows whose score is NaN the first topk, apart.
+struct Candidates {
+  float *lower, *upper;
+  int32_t* index;
+  int32_t* nan_index;
+  int64_t count, nans;
+  float cut;  // topk rows so far have float32 scores of at least this
+};
+
+struct BankRows {
+  const char* data = nullptr;
+  int64_t stride = 0;  // elements between rows, whose elements are neighbours
+  int64_t width = 0;
+  DType dtype = DType::kFloat32;
+};
+
+struct BankProblem {
+  int64_t batch = 0, bank_size = 0, width = 0, topk = 0;
+  int64_t limit = 0;  // rows from this one on are not valid
+  BankRows query, keys, values;
+  bool own_values = false;  // values are not the keys
+  const uint8_t* mask = nullptr;
+  int64_t mask_stride = 0;           // between queries; 0 where they share it
+  const int64_t* exclude = nullptr;  // (B)
+  float scale = 1.0f;
+  bool low_precision = false, approximate = false;
+
+  // Queries [first_query, first_query + group) are worked on; buffers hold them from 0.
+  int64_t first_query = 0, group = 0;
+  float* wide = nullptr;  // (group, wide_stride) floats
+  int64_t wide_stride = 0;
+  float* panels = nullptr;                    // float32, panel after panel of [width][panel]
+  float* low_panels = nullptr;                // pairs of bf16
+  float *norm = nullptr, *residue = nullptr;  // (group in whole panels): |q| and |q - bf16(q)|, bounded from above
+  uint8_t* wild = nullptr;  // (panels): some query is not finite or huge, so low precision proves nothing
+
+  Candidates* candidates = nullptr;  // (splits, group)
+  int64_t splits = 0, capacity = 0;
+
+  char* retrieved = nullptr;                        // (B, E) of query's dtype
+  float* scores = nullptr;                          // (B, topk)
+  int64_t* indices = nullptr;                       // (B, topk)
+  char *key_rows = nullptr, *value_rows = nullptr;  // (B, topk, width) of the bank's dtypes, or null
+
+  // Backward.
+  const float* grad_retrieved = nullptr;           // (B, E) or null
+  const float* grad_scores = nullptr;              // (B, topk) or null
+  float *score_grad = nullptr, *shares = nullptr;  // (B, topk)
+  double* of_scale = nullptr;                      // (B)
+  char* grad_query = nullptr;
+  float *grad_keys = nullptr, *grad_values = nullptr;  // (M, width), (M, E), zeroed, or null
+};
+
+struct BankTask {
+  int64_t first, last, split;
+};
+
+struct BankKernel {
+  void (*run)(const BankProblem&, const BankTask*, int64_t count, char* scratch);
+  size_t (*scratch_bytes)(const BankProblem&);
+};
+
+struct BankKernels {
+  bool low_precision;   // worth it here
+  BankKernel pack;      // queries -> wide, panels, norms; tasks: panels of the group
+  BankKernel scan;      // tasks: bank rows [first, last) of a split, all queries of the group
+  BankKernel finish;    // merge, score again, sort, weigh; tasks: queries of the group
+  BankKernel backward;  // query gradients; tasks: queries
+  BankKernel scatter;   // bank gradients; tasks: bank rows
+};
+
+}  // namespace hivilt
