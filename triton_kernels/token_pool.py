@@ -229,18 +229,24 @@ def _merge_pools_kernel(
 
 
 @triton.jit
+def gradient_of(grad_out, b, c, channels):
+    """fp32 [C] of grad_out (pointer, strides of sample, channel)."""
+    at = grad_out[0] + b * grad_out[1] + c.to(tl.int64) * grad_out[2]
+    return wide(tl.load(at, mask=c < channels, other=0.0))
+
+
+@triton.jit
 def _pool_dots_kernel(
     grad_out, pooled, token_mask, dots, count, channels, POOLS: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dots [B, 4]: <gradient, pool> of each pool, and last the number of kept tokens.  grad_out: (pointer, strides of
-    sample, channel)."""
+    """dots [B, 4]: <gradient, pool> of each pool, and last the number of kept tokens."""
     b = tl.program_id(0).to(tl.int64)
     for p in tl.static_range(POOLS):
         total = tl.zeros([BLOCK_C], tl.float32)
         for start in range(0, channels, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            g = wide(tl.load(grad_out[0] + b * grad_out[1] + c * grad_out[2], mask=c < channels, other=0.0))
+            g = gradient_of(grad_out, b, c, channels)
             total += g * tl.load(pooled + (b * POOLS + p) * channels + c, mask=c < channels, other=0.0)
         tl.store(dots + b * 4 + p, tl.sum(total, 0))
     kept = tl.zeros([BLOCK_R], tl.float32)
@@ -255,16 +261,14 @@ def _score_gradient_kernel(
     channels, width, blocks, tiles, per_program, k_blocks,
     POOLS: tl.constexpr, ATTENTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """to_hidden [B, N, K]: gradient to proj x + proj_bias.  partial [programs, 2 K + 1]: each program's sums of it, of
-    the gradient to score_weight and of that to score_bias; a program takes ``per_program`` tiles, one after the other.
-    """
+    """to_hidden [B, N, K]: gradient to proj x + proj_bias.  partial [programs, 2 K]: each program's sums of it and of
+    the gradient to score_weight; a program takes ``per_program`` tiles, one after the other."""
     task = tl.program_id(0)
-    part, first = task // k_blocks, task % k_blocks * BLOCK_K
-    k = first + tl.arange(0, BLOCK_K)
+    part = task // k_blocks
+    k = task % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     share = mixture(pool_weights, ATTENTION, POOLS)
     behind = wide(tl.load(score_weight + k, mask=k < width, other=0.0))
     to_bias, to_weight = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
-    to_scores = tl.zeros([BLOCK_R], tl.float32)
     for tile in range(part * per_program, tl.minimum((part + 1) * per_program, tiles)):
         b = (tile // blocks).to(tl.int64)
         rows = tile % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -274,7 +278,7 @@ def _score_gradient_kernel(
         for start in range(0, channels, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             y = tile_of(x, b, rows, ok, start, channels, BLOCK_C)
-            g = wide(tl.load(grad_out[0] + b * grad_out[1] + c * grad_out[2], mask=c < channels, other=0.0))
+            g = gradient_of(grad_out, b, c, channels)
             along += tl.sum(wide(y) * g[None, :], 1)
             sums = product(y, tl.trans(proj_tile(proj, k, width, start, channels, BLOCK_C)), sums)
         weight = tl.load(attention + b * count + rows, mask=rows < count, other=0.0)
@@ -285,12 +289,9 @@ def _score_gradient_kernel(
         tl.store(at, narrow(of_hidden, to_hidden.dtype.element_ty), mask=(rows < count)[:, None] & (k < width)[None, :])
         to_bias += tl.sum(of_hidden, 0)
         to_weight += tl.sum(of_score[:, None] * hidden, 0)
-        to_scores += of_score
-    to = partial + part.to(tl.int64) * (2 * width + 1)
+    to = partial + part.to(tl.int64) * 2 * width
     tl.store(to + k, to_bias, mask=k < width)
     tl.store(to + width + k, to_weight, mask=k < width)
-    if first == 0:
-        tl.store(to + 2 * width, total_of(to_scores))
 
 
 @triton.jit
@@ -307,7 +308,7 @@ def _pool_gradient_kernel(
     rows = task // col_blocks % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     c = start + tl.arange(0, BLOCK_C)
     ok = permitted(rows, token_mask, b, count)
-    g = wide(tl.load(grad_out[0] + b * grad_out[1] + c * grad_out[2], mask=c < channels, other=0.0))
+    g = gradient_of(grad_out, b, c, channels)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     if ATTENTION >= 0:
         for begin in range(0, width, BLOCK_K):

@@ -96,6 +96,7 @@ def token_pool_backward(grad_out, features, proj_weight, proj_bias, score_weight
     grad_pools = torch.zeros_like(pool_weights, memory_format=torch.contiguous_format)
     layer = [_optional(t) for t in (proj_weight, proj_bias, score_weight)]
     of_layer = [features.new_empty(0) if t is None else torch.zeros_like(t) for t in layer]
+    # Added to every score, the bias moves no softmax.
     of_score_bias = features.new_empty(0) if score_weight is None else score_weight.new_zeros(1)
     if not (B and N and C):
         return grad.zero_(), *of_layer, of_score_bias, grad_pools
@@ -104,7 +105,7 @@ def token_pool_backward(grad_out, features, proj_weight, proj_bias, score_weight
     dots = torch.empty(B, MIXED, dtype=torch.float32, device=device)
     launching.launch(
         kernels._pool_dots_kernel, B, (upstream, pooled, token_mask, dots, N, C), 4, 1, POOLS=len(pools),
-        BLOCK_C=min(512, power(C)), BLOCK_R=min(512, power(N)),
+        BLOCK_C=min(256, power(C)), BLOCK_R=min(256, power(N)),
     )  # fmt: skip
     launching.launch(
         kernels._mixture_gradient_kernel, 1, (pool_weights, dots, grad_pools, B), 4, 1, POOLS=len(pools), BLOCK=64
@@ -119,7 +120,7 @@ def token_pool_backward(grad_out, features, proj_weight, proj_bias, score_weight
         blocks, k_blocks = _cdiv(N, tile.rows), _cdiv(K, inner)
         per_program = _cdiv(B * blocks, PROGRAMS)
         parts = _cdiv(B * blocks, per_program)
-        partial = torch.empty(parts, 2 * K + 1, dtype=torch.float32, device=device)
+        partial = torch.empty(parts, 2 * K, dtype=torch.float32, device=device)
         launching.launch(
             kernels._score_gradient_kernel, parts * k_blocks,
             (upstream, _strided(x), *layer, pool_weights, token_mask, dots, attention, to_hidden, partial, N, C, K,
@@ -127,12 +128,11 @@ def token_pool_backward(grad_out, features, proj_weight, proj_bias, score_weight
             tile.warps, tile.stages, POOLS=len(pools), ATTENTION=places["ATTENTION"], BLOCK_R=tile.rows,
             BLOCK_C=tile.cols, BLOCK_K=inner,
         )  # fmt: skip
-        sums = sum_partials(partial, torch.empty(2 * K + 1, dtype=torch.float32, device=device))
+        sums = sum_partials(partial, torch.empty(2 * K, dtype=torch.float32, device=device))
         weight_gradient(to_hidden, x, of_layer[0], mask)
         if proj_bias is not None:
             of_layer[1] = sums[:K].to(proj_bias.dtype)
-        of_layer[2] = sums[K : 2 * K].to(score_weight.dtype).view(1, K)
-        of_score_bias = sums[2 * K :].to(score_weight.dtype)
+        of_layer[2] = sums[K:].to(score_weight.dtype).view(1, K)
     tile = lookup("pool_gradient", dtype, C)
     cols = min(tile.cols, power(C))
     blocks, col_blocks = _cdiv(N, tile.rows), _cdiv(C, cols)

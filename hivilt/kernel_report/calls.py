@@ -12,8 +12,7 @@ from torch import Tensor
 from ..triton_kernels import topk_attention_backward_launch as backward
 from ..triton_kernels import topk_attention_launch as topk_attention
 from ..triton_kernels.topk_attention_plan import Packed
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .fusion_calls import DTYPES, Fusion, Interpolation, Pool, fusion_calls
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ DENSE = replace(FINE, topk=-1)
 KINDS = (FINE, LONG, DENSE)
 
 
-def calls() -> Iterator[Call]:
+def calls() -> Iterator[Call | Fusion | Interpolation | Pool]:
     """The table; what is told apart first comes first."""
     for dtype in DTYPES:
         yield from (replace(call, dtype=dtype) for call in (FINE, SHORT, LONG, DENSE))
@@ -128,3 +127,5 @@ def calls() -> Iterator[Call]:
         yield replace(FINE, mask="bias", mask_shape=shape, kernel="_bias_gradient")
     for dtype, width in (("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128), ("fp32", 256)):
         yield replace(DENSE, mask="bias", dtype=dtype, width=width, kernel="_bias_gradient")
+
+    yield from fusion_calls()

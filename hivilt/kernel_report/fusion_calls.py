@@ -121,7 +121,7 @@ class Pool:
         token_pool_launch.token_pool_backward(torch.empty_like(out), x, *layer[:3], shares, mask, *saved, self.pools)
 
 
-def calls() -> Iterator[Fusion | Interpolation | Pool]:
+def fusion_calls() -> Iterator[Fusion | Interpolation | Pool]:
     """The table; what is told apart first comes first."""
     stage = Fusion(dropout=True)
     for dtype in DTYPES:

@@ -6,12 +6,8 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
-import torch
-
 from .._backends import Row, probe
-from ._topk_attention_triton import _why_no_device
-
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+from ._triton import why_no_device, why_no_dtype
 
 
 @functools.cache
@@ -24,11 +20,7 @@ def _kernels() -> ModuleType:
 def why_not(*args) -> str | None:
     """Every reason at once; None when there is none."""
     x = probe(args)
-    absent = _why_no_device(x)
-    reasons = [absent] if absent else []
-    if x.dtype not in DTYPES:
-        reasons.append(f"dtype {str(x.dtype)[6:]}: the kernels take float32, bfloat16 and float16")
-    return "; ".join(reasons) or None
+    return "; ".join(filter(None, (why_no_device(x), why_no_dtype(x)))) or None
 
 
 def row(name: str) -> Row:

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import pairwise
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import _settings
 from . import _checks
 from ._topk_attention_reference import check_lists
+from ._triton import DTYPES, why_no_device, why_no_dtype
 
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 WIDTH = 256
 
 
@@ -41,32 +39,6 @@ def _plan() -> ModuleType:
     return topk_attention_plan
 
 
-@functools.cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
-
-
-def _why_no_device(x: Tensor) -> str | None:
-    if not _installed():
-        return "Triton is not installed"
-    if x.is_cuda:
-        if torch.version.hip is None and _capability(x.device.index) < (8, 0):
-            return f"compute capability {'.'.join(map(str, _capability(x.device.index)))}: the kernels need 8.0"
-        return None
-    if not x.is_cpu:
-        return f"the tensors are on {x.device}"
-    if not _settings.interprets():
-        return "the tensors are on cpu, where only Triton's interpreter runs the kernels (TRITON_INTERPRET=1)"
-    from ..triton_kernels import launch
-
-    return None if launch.INTERPRETED else "TRITON_INTERPRET=1 was set after Triton was imported"
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def why_not(name: str) -> Callable[..., str | None]:
     """Of the row of operator ``name``; its result joins every reason, None when there is none."""
     query_at, value_at = {"topk_attention_backward": (2, 4), "topk_select": (0, 0)}.get(name, (0, 2))
@@ -74,10 +46,8 @@ def why_not(name: str) -> Callable[..., str | None]:
 
     def verdict(*args) -> str | None:
         query, value = args[query_at], args[value_at]
-        absent = _why_no_device(query)
-        reasons = [absent] if absent else []
-        if query.dtype not in DTYPES:
-            reasons.append(f"dtype {str(query.dtype)[6:]}: the kernels take float32, bfloat16 and float16")
+        absent = why_no_device(query)
+        reasons = [absent, why_no_dtype(query)]
         D, E = query.shape[-1], value.shape[-1]
         if max(D, E) > WIDTH:
             reasons.append(f"D = {D}, E = {E}: the kernels take up to {WIDTH}")
