@@ -66,8 +66,9 @@ struct BankProblem {
   float *grad_keys = nullptr, *grad_values = nullptr;  // (M, width), (M, E), zeroed, or null
 };
 
+// Rows, queries or panels [first, last); of the scan: bank rows of a split, for the group's panels [panel, panels).
 struct BankTask {
-  int64_t first, last, split;
+  int64_t first, last, split, panel, panels;
 };
 
 struct BankKernel {
@@ -78,7 +79,7 @@ struct BankKernel {
 struct BankKernels {
   bool low_precision;   // worth it here
   BankKernel pack;      // queries -> wide, panels, norms; tasks: panels of the group
-  BankKernel scan;      // tasks: bank rows [first, last) of a split, all queries of the group
+  BankKernel scan;      // tasks: bank rows of a split for some panels
   BankKernel finish;    // merge, score again, sort, weigh; tasks: queries of the group
   BankKernel backward;  // query gradients; tasks: queries
   BankKernel scatter;   // bank gradients; tasks: bank rows

@@ -40,7 +40,7 @@ void run(const BankProblem& p, const BankKernel& kernel, const std::vector<BankT
 
 std::vector<BankTask> cut(int64_t n, int64_t step) {
   std::vector<BankTask> tasks;
-  for (int64_t i = 0; i < n; i += step) tasks.push_back({i, std::min(i + step, n), 0});
+  for (int64_t i = 0; i < n; i += step) tasks.push_back({i, std::min(i + step, n), 0, 0, 0});
   return tasks;
 }
 
@@ -54,20 +54,19 @@ struct Workspace {
   std::vector<int32_t> indices;
   std::vector<uint8_t> wild;
   std::vector<Candidates> candidates;
-  std::vector<BankTask> splits;
-  int64_t nan_room, group;
+  int64_t nan_room, group, query_parts;
 
   explicit Workspace(BankProblem& p) {
     const int64_t panel = kernels().fusion.panel;
-    p.splits = std::max<int64_t>(1, std::min<int64_t>(thread_count(), p.limit / kLeastRows));
-    const int64_t rows = ceil_div(std::max<int64_t>(1, p.limit), p.splits);
+    // Threads share the queries; where there are fewer panels than threads, the bank too, although every split of it
+    // begins without a cut.
+    const int64_t threads = thread_count();
+    query_parts = std::clamp<int64_t>(ceil_div(std::min(kMostQueries, p.batch), panel), 1, threads);
+    p.splits = std::clamp<int64_t>(p.limit / kLeastRows, 1, std::max<int64_t>(1, threads / query_parts));
     p.capacity = std::min(2 * p.topk + 128, p.limit + 1);
     nan_room = std::min(p.topk, p.bank_size);
     const int64_t bytes = p.splits * (12 * p.capacity + 4 * nan_room);
     group = std::clamp<int64_t>(kBudget / bytes, 1, std::min(kMostQueries, std::max<int64_t>(1, p.batch)));
-    for (int64_t s = 0; s < p.splits; ++s) {
-      splits.push_back({std::min(s * rows, p.limit), std::min((s + 1) * rows, p.limit), s});
-    }
     const int64_t padded = ceil_div(group, panel) * panel, depth = ceil_div(p.width, 16) * 16;
     p.wide_stride = depth;
     const auto size = [](int64_t n) { return static_cast<size_t>(n); };
@@ -86,6 +85,17 @@ struct Workspace {
     p.residue = norms.data() + padded;
     p.wild = wild.data();
     p.candidates = candidates.data();
+  }
+  std::vector<BankTask> scans(const BankProblem& p) const {
+    const int64_t panels = ceil_div(p.group, kernels().fusion.panel), rows = ceil_div(p.limit, p.splits);
+    std::vector<BankTask> tasks;
+    for (int64_t part = 0; part < query_parts; ++part) {
+      for (int64_t s = 0; s < p.splits; ++s) {
+        tasks.push_back({std::min(s * rows, p.limit), std::min((s + 1) * rows, p.limit), s, part * panels / query_parts,
+                         (part + 1) * panels / query_parts});
+      }
+    }
+    return tasks;
   }
   void clear(const BankProblem& p) {
     for (size_t i = 0; i < candidates.size(); ++i) {
@@ -124,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, 
     exclude = torch::stable::contiguous(*exclude);
     p.exclude = static_cast<const int64_t*>(exclude->data_ptr());
   }
-  // Converting a bank row to bf16 has to be paid for by several panels of queries.
-  const bool many = p.batch >= 2 * kernels().fusion.panel;
+  // Converting a bank row to bf16, and scoring again what survives, has to be paid for by several panels of queries.
+  const bool many = p.batch >= 4 * kernels().fusion.panel;
   p.low_precision = kernels().bank.low_precision && precision != "fp32" && (many || precision == "bf16");
   p.approximate = precision == "bf16";
 
@@ -161,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, 
     p.group = std::min(workspace.group, p.batch - p.first_query);
     workspace.clear(p);
     run(p, kernels().bank.pack, cut(ceil_div(p.group, panel), 1), alone);
-    run(p, kernels().bank.scan, workspace.splits, alone);
+    run(p, kernels().bank.scan, workspace.scans(p), alone);
     run(p, kernels().bank.finish, cut(p.group, 8), alone);
   }
   return {retrieved, scores, indices, key_rows, value_rows};
