@@ -129,8 +129,8 @@ def fusion_calls() -> Iterator[Fusion | Interpolation | Pool]:
             yield replace(stage, width=width, dtype=dtype)
             yield replace(stage, width=width, dtype=dtype, inference=True, dropout=False)
         for width in (384, 512, 768, 1024, 1536):
-            yield replace(stage, width=width, dtype=dtype, scales=256, kernel="fi")
-            yield replace(stage, width=width, dtype=dtype, scales=256, kernel="_scale_fusion")
+            for kernel in ("_scale_fusion", "_finish", "_row_statistics"):
+                yield replace(stage, width=width, dtype=dtype, scales=256, kernel=kernel)
     # Decode heads; heads of other sizes; either order of steps where the other is chosen.
     for dtype in DTYPES:
         yield Fusion(768, dtype, ((128, 128), (64, 64), (32, 32)), norm="affine", activation="relu", scales=256)
@@ -140,7 +140,7 @@ def fusion_calls() -> Iterator[Fusion | Interpolation | Pool]:
                 yield replace(stage, width=width, dtype=dtype, impl=impl, kernel="_scale_fusion")
     for activation in ("gelu_tanh", "silu", "none"):
         yield replace(stage, activation=activation, kernel="fusion")
-        yield replace(stage, norm="none", activation=activation, kernel="fi")
+        yield replace(stage, norm="none", activation=activation, kernel="_finish")
     yield replace(stage, prefix=1)
     yield replace(stage, width=100, prefix=1)
     yield replace(stage, mode="area", out_grid=(14, 14))
