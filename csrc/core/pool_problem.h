@@ -38,7 +38,9 @@ struct PoolProblem {
 
   // Backward.
   const float* grad = nullptr;        // (B, stride): of out, zeros behind `channels`
-  const float* pooled = nullptr;      // (B, stride): what the attention pool gave
+  float* along = nullptr;             // (B, N): <grad, x_n>
+  double* part_means = nullptr;       // (parts): their sums, weighted by attention
+  double* means = nullptr;            // (B): the same over all parts
   const int32_t* first = nullptr;     // (B, C)
   const float* mean_share = nullptr;  // (B): share of the mean, over the number of tokens
   float max_share = 0.0f, attention_share = 0.0f;
@@ -60,6 +62,7 @@ struct PoolKernel {
 struct PoolKernels {
   PoolKernel pack;  // proj_weight -> panels and, where wanted, back_panels; one task
   PoolKernel pool;
+  PoolKernel along;  // <grad, x_n>, before backward where there is attention
   PoolKernel backward;
   void (*store_row)(const double* row, DType dtype, int64_t n, char* to);  // rounded to the caller's type
 };

@@ -236,14 +236,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_pool_backward(
   const std::vector<float> grad = floats_of(grad_out, p.batch * C);
   pooled = torch::stable::contiguous(pooled);
   const auto* pools_of = static_cast<const float*>(pooled.data_ptr());
-  std::vector<float> wide_grad(static_cast<size_t>(p.batch * p.stride)), wide_pooled(wide_grad.size()), mean_share;
+  std::vector<float> wide_grad(static_cast<size_t>(p.batch * p.stride)), mean_share;
   std::vector<double> of_shares(static_cast<size_t>(n_pools));
   for (int64_t b = 0; b < p.batch; ++b) {
     std::memcpy(wide_grad.data() + b * p.stride, grad.data() + b * C, static_cast<size_t>(C) * 4);
-    if (p.wants_attention) {
-      std::memcpy(wide_pooled.data() + b * p.stride, pools_of + (b * n_pools + call.place[kAttention]) * C,
-                  static_cast<size_t>(C) * 4);
-    }
     int64_t kept = p.tokens;
     if (p.mask) {
       kept = 0;
@@ -258,7 +254,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_pool_backward(
     }
   }
   p.grad = wide_grad.data();
-  p.pooled = wide_pooled.data();
   p.mean_share = mean_share.data();
   p.max_share = static_cast<float>(call.share(kMax));
   p.attention_share = static_cast<float>(call.share(kAttention));
@@ -273,7 +268,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_pool_backward(
   std::vector<float> grad_vectors(static_cast<size_t>(call.n_parts * 2 * p.hidden_stride));
   p.grad_weight = grad_weight.data();
   p.grad_vectors = grad_vectors.data();
+  // <grad, token> of every token, and their attention-weighted mean: subtracting it makes the scores' gradients add up
+  // to 0, which subtracting a rounded pool from every token would not.
+  std::vector<float> along(p.wants_attention ? static_cast<size_t>(p.batch * p.tokens) : 0);
+  std::vector<double> part_means(static_cast<size_t>(call.n_parts)), means(static_cast<size_t>(p.batch));
+  p.along = along.data();
+  p.part_means = part_means.data();
+  p.means = means.data();
   call.pack(true);
+  if (p.wants_attention) {
+    call.run(kernels().pool.along);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t i = 0; i < call.parts_of_image(); ++i) {
+        means[static_cast<size_t>(b)] += part_means[static_cast<size_t>(b * call.parts_of_image() + i)];
+      }
+    }
+  }
   call.run(kernels().pool.backward);
 
   // Sums over parts, in order.

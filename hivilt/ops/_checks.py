@@ -143,7 +143,7 @@ def check_number(op: str, name: str, x: Any, low: float = -math.inf, high: float
         x = float(x)
     except OverflowError:
         refuse(ValueError, op, name, "a number that a float can hold", x)
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:  # a comparison, which a traced number knows too
         refuse(ValueError, op, name, "a finite number", x)
     if not low <= x <= high:
         refuse(ValueError, op, name, f"a number from {low:g} to {high:g}", x)

@@ -99,7 +99,8 @@ def _flops_fusion(features, weight, bias, norm_weight, norm_bias, seed, grids, o
 
 def _flops_backward(grad_out, features, weight, norm_weight, norm_bias, linear, seed, grids, out_grid, *rest,
                     out_shape=None, **_):  # fmt: skip
-    return _products(features, weight, out_grid, rest[6]) * (rest[-2] + rest[-1])
+    prefix_tokens, features_grad, parameters_grad = rest[6], rest[8], rest[9]
+    return _products(features, weight, out_grid, prefix_tokens) * (features_grad + parameters_grad)
 
 
 FLOPS = {"scale_fusion": _flops_fusion, "scale_fusion_backward": _flops_backward}

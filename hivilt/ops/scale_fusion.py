@@ -277,7 +277,7 @@ def _bind_interpolate_add(x, y, scale=1.0, grid=None, out_grid=None, segments=No
 
 
 def _check_count(op: str, name: str, x: Any, low: int) -> int:
-    if isinstance(x, bool) or (not isinstance(x, int | torch.SymInt) and not hasattr(x, "__index__")):
+    if isinstance(x, bool | Tensor) or (not isinstance(x, int | torch.SymInt) and not hasattr(x, "__index__")):
         refuse(TypeError, op, name, f"an int of at least {low}", x)
     x = x if isinstance(x, torch.SymInt) else operator.index(x)
     if x < low:
