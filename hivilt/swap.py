@@ -215,6 +215,9 @@ KINDS = (
         "scale_fusion or interpolate_add",
     ),
     of_class(plain.AdaptiveGlobalPooling, twins.AdaptiveGlobalPooling, changed_pool, "token_pool"),
+    of_class(
+        plain.FeatureBank, twins.FeatureBank, lambda module, select: None, "bank_retrieval, bank_attention, bank_push_"
+    ),
     of_class(plain.ProgressiveFusion, twins.ProgressiveFusion, lambda module, select: None, "interpolate_add"),
     of_class(plain.HierarchicalPatchEmbedding, twins.HierarchicalPatchEmbedding, changed_patches, "interpolate_tokens"),
     Kind(

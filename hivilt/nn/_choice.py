@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._backends import policy
+from ..ops._bank_retrieval_rows import BANK_RETRIEVAL
 from ..ops._scale_fusion_rows import INTERPOLATE, SCALE_FUSION
 from ..ops._token_pool_rows import TOKEN_POOL
+from ..ops._topk_attention_rows import TOPK_ATTENTION
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -47,8 +49,13 @@ def why_changed(parts: Iterable[Inner]) -> str | None:
     return None
 
 
-# For each operation, the arguments of an empty call on a tensor x [0, 1, 1].
+# For each operation, the arguments of an empty call on a tensor x [0, 1, width].  bank_attention is topk_attention.
 EMPTY_CALLS = {
+    "bank_retrieval": (
+        BANK_RETRIEVAL,
+        lambda x: (x[:, 0], x[:, 0], None, 1, None, 1.0, None, None, None, "exact", False),
+    ),
+    "bank_attention": (TOPK_ATTENTION, lambda x: (x[:, None], x[:, None], x[:, None], -1, 0, *[None] * 8, 1.0, 0.0)),
     "scale_fusion": (
         SCALE_FUSION,
         lambda x: ([x], x.new_empty(1, 1), None, None, None, None, [1], [1], "none", 1e-5, "none", 0.0, "linear", False,
@@ -60,10 +67,10 @@ EMPTY_CALLS = {
 
 
 @torch.compiler.assume_constant_result
-def kernel_exists(operation: str, device: str, dtype: torch.dtype) -> bool:
+def kernel_exists(operation: str, device: str, dtype: torch.dtype, width: int = 1) -> bool:
     """Whether a call is worth the operator: not where its only row would be the reference, unless asked for."""
     if policy(None) != "auto":
         return True
     rows, empty_call = EMPTY_CALLS[operation]
-    call = empty_call(torch.empty((0, 1, 1), dtype=dtype, device=device))
+    call = empty_call(torch.empty((0, 1, width), dtype=dtype, device=device))
     return any(row.why_not(*call) is None for name, row in rows.rows.items() if name != "reference")

@@ -1,6 +1,7 @@
 """Plain torch.nn modules, usable without any kernel. Classes of the same names in hivilt.nn subclass them: same
 constructor, same parameters, faster inside."""
 
+from .bank_retrieval import FeatureBank, keep_banks_local
 from .progressive_fusion import CrossModalStage, ProgressiveFusion
 from .scale_fusion import AdaptiveFusion, CrossScaleFusion, HierarchicalPatchEmbedding
 from .token_pool import AdaptiveGlobalPooling
@@ -10,6 +11,8 @@ __all__ = [
     "AdaptiveGlobalPooling",
     "CrossModalStage",
     "CrossScaleFusion",
+    "FeatureBank",
     "HierarchicalPatchEmbedding",
     "ProgressiveFusion",
+    "keep_banks_local",
 ]
