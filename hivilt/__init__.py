@@ -2,6 +2,7 @@
 
     hivilt.ops          functions: topk_attention, topk_attention_varlen, topk_select, selected_attention
     hivilt.nn           modules that replace torch's
+    hivilt.distributed  a feature bank whose rows are spread over many processes
     hivilt.accelerate   swaps the modules of a model for those; hivilt.restore undoes it
     hivilt.reference    the same mathematics in plain PyTorch
 
@@ -18,7 +19,7 @@ from ._backends import BackendError, explain, last_backend, use_backend
 from .ops import selected_attention, topk_attention, topk_attention_varlen, topk_select
 
 _LAZY = {"accelerate": "swap", "restore": "swap", "Report": "swap"}
-_ROOMS = ("demo", "info", "integrations", "nn", "swap", "testing", "triton_kernels")
+_ROOMS = ("demo", "distributed", "info", "integrations", "nn", "swap", "testing", "triton_kernels")
 
 __all__ = [
     "BackendError",

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "_library": {"_settings", "_backends"},
     "ops": {"ops", "reference", "triton_kernels", "_C", *PLUMBING},
     "nn": {"nn", "ops", "reference", *PLUMBING},
+    "distributed": {"distributed", "ops", "reference", "nn", *PLUMBING},
     "swap": {"swap", "nn", "ops", "reference", *PLUMBING},
     "integrations": {"integrations", "swap", "nn", "ops", *PLUMBING},
     "info": {"_C", "ops", *PLUMBING},
