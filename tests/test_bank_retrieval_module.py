@@ -560,31 +560,38 @@ def test_ddp_of_one_process(tmp_path, kind):
 
 
 TWO_PROCESSES = """
-import sys, torch, hivilt
+import datetime, torch, hivilt
 from torch import nn
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-for keep in (True, False):
-    model = nn.Sequential(nn.Linear(2, 2), hivilt.nn.FeatureBank(4, 2))
-    wrapped = nn.parallel.DistributedDataParallel(hivilt.nn.keep_banks_local(model) if keep else model)
-    for step in range(2):
-        model[1].update(torch.full((1, 2), 1.0 + rank))
-        wrapped(torch.ones(1, 2)).sum().backward()
-    expected = 1.0 + rank if keep else 1.0  # what rank 0 holds overwrites all others
-    assert model[1].bank[:2].unique().tolist() == [expected], (keep, rank, model[1].bank)
-torch.distributed.destroy_process_group()
+
+def run(rank, store):
+    wait = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=wait)
+    for keep in (True, False):
+        model = nn.Sequential(nn.Linear(2, 2), hivilt.nn.FeatureBank(4, 2))
+        wrapped = nn.parallel.DistributedDataParallel(hivilt.nn.keep_banks_local(model) if keep else model)
+        for step in range(2):
+            model[1].update(torch.full((1, 2), 1.0 + rank))
+            wrapped(torch.ones(1, 2)).sum().backward()
+        expected = 1.0 + rank if keep else 1.0  # what rank 0 holds overwrites all others
+        assert model[1].bank[:2].unique().tolist() == [expected], (keep, rank, model[1].bank)
+    torch.distributed.destroy_process_group()
 """
 
 
 def test_ddp_of_two_processes(tmp_path):
-    """Each keeps its bank; without keep_banks_local torch overwrites that of rank 1."""
-    command = [sys.executable, "-c", TWO_PROCESSES]
-    runs = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [run.communicate(timeout=120)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors
+    """Each keeps its bank; without keep_banks_local torch overwrites that of rank 1, which is a new process."""
+    store, space = str(tmp_path / "store"), {}
+    command = [sys.executable, "-c", f"{TWO_PROCESSES}\nrun(1, {store!r})"]
+    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        exec(TWO_PROCESSES, space)
+        space["run"](0, store)
+        error = other.communicate(timeout=60)[1]
+    finally:
+        other.kill()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert other.returncode == 0, error
 
 
 # Threads.
@@ -689,6 +696,7 @@ def test_nested_reading_does_not_wait_for_a_waiting_writer():
         ({"feature_dim": 2.0}, TypeError, "feature_dim: expected an int"),
         ({"momentum": 1.1}, ValueError, "momentum: expected a number from 0 to 1; got 1.1"),
         ({"momentum": NAN}, ValueError, "momentum"),
+        ({"momentum": 10**400}, ValueError, "momentum: expected a number that a float can hold"),
         ({"momentum": "0.9"}, TypeError, "momentum"),
         ({"update_mode": "lifo"}, ValueError, "update_mode: expected one of 'fifo', 'ema'; got 'lifo'"),
         ({"topk": 0}, ValueError, "topk: expected an int of at least 1; got 0"),

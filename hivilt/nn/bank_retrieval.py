@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import bank_attention, bank_push_, bank_retrieval
 from ..reference import modules as plain
-from ..reference.modules.bank_retrieval import check_count
+from ..reference.modules._bank_arguments import check_count
 from . import _bank_file
 from ._bank_file import BankFileError, BankState
 from ._choice import kernel_exists
@@ -105,7 +105,7 @@ class FeatureBank(plain.FeatureBank):
                 raise ValueError("marks of written rows go with update_mode 'ema'")
             size = M if bank_size is None else bank_size
             bank = cls(size, C, scale=scale, dtype=state.rows.dtype, **given)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise BankFileError(f"{path}: settings: {error}") from None
         if size == M:
             bank.bank.copy_(state.rows)

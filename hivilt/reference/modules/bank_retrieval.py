@@ -6,20 +6,18 @@ the device: pointer and counts stay on it.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_size, check_tensor, refuse
+from ._bank_arguments import FLOATS, check_count, check_number, check_read, check_scale, check_update
+from ._bank_reading import attend, select, unit, wide_dtype
+from ._checks import check_choice, check_size, refuse
 from ._read_write_lock import ReadWriteLock
 
 UPDATE_MODES = ("fifo", "ema")
 NONFINITE = ("skip", "raise", "keep")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INF, NAN = float("inf"), float("nan")
 
 
 class FeatureBank(nn.Module):
@@ -196,7 +194,7 @@ class FeatureBank(nn.Module):
 
         Cost: O(B C), and with slots a sort of B numbers.  With normalize, blended rows get length 1 again.
         """
-        rows = self._check_update(features, slots)
+        rows = check_update(self, features, slots)
         if features.shape[0] == 0:
             return
         if torch.compiler.is_compiling():
@@ -222,7 +220,7 @@ class FeatureBank(nn.Module):
 
     def _read(self, query: Tensor, topk: int | None, scale, mask, exclude) -> tuple[Tensor, ...]:
         """(retrieved, scores, slots), or with topk None (retrieved, lse)."""
-        flat, scale, mask, exclude = self._check_read(query, scale, mask, exclude)
+        flat, scale, mask, exclude = check_read(self, query, scale, mask, exclude)
         if torch.compiler.is_compiling():
             found = self._look(flat, topk, scale, mask, exclude)
         else:
@@ -251,51 +249,14 @@ class FeatureBank(nn.Module):
         return valid if mask is None else valid & mask
 
     def _attend(self, query: Tensor, scale: float | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        valid, wide = self._valid(mask), wide_dtype(query.dtype, self.bank.dtype)
-        query, bank = query.to(wide), self.bank.to(wide)
-        # Gradients and sums run over rows without NaN and infinity, which would meet factors of 0 from queries that do
-        # not read their row; who does read it has a score that is not finite.
-        rows = torch.where(bank.isfinite(), bank, 0.0)
-        with torch.no_grad():
-            true = query @ bank.mT
-        scores = torch.where(true.isfinite(), query @ rows.mT, true)
-        valid = valid & (true != -INF)
-        scores = torch.where(valid, scores, 0.0)  # nor may scale, which learns, meet what is not read
-        some = valid.any(1, keepdim=True)
-        logits = torch.where(valid, scale_of(scale, wide) * scores, torch.where(some, -INF, 0.0))
-        lse = torch.where(some[:, 0], logits.logsumexp(1), -INF)
-        return torch.where(some, logits.softmax(1) @ rows, 0.0), lse
+        """query [B, C]: retrieved and log-sum-exp."""
+        return attend(query, self.bank, scale, self._valid(mask))
 
     def _select(
         self, query: Tensor, topk: int, scale: float | Tensor, mask: Tensor | None, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        M, wide = self.bank_size, wide_dtype(query.dtype, self.bank.dtype)
-        query, width = query.to(wide), min(topk, M)
-        with torch.no_grad():
-            scores = query @ self.bank.to(wide).mT
-            valid = self._valid(mask) & (scores != -INF)
-            if exclude is not None:
-                valid = valid & (torch.arange(M, device=query.device) != exclude[:, None])
-            lost = (valid & scores.isnan()).any(1, keepdim=True)
-            rank = torch.where(scores.isnan(), torch.finfo(wide).min, scores)
-            rank, slots = torch.where(valid, rank, -INF).sort(dim=1, descending=True, stable=True)
-            listed, slots = rank[:, :width] != -INF, slots[:, :width]
-            kept = scores.gather(1, slots)
-        rows = torch.where(listed[..., None], self.bank[slots].to(wide), 0.0)  # a copy: updates do not reach backward
-        dots = torch.einsum("bc,bkc->bk", query, rows)
-        dots = torch.where(kept.isfinite(), dots + (kept - dots).detach(), kept)  # the numbers that were compared
-        dots = torch.where(listed, torch.where(lost, NAN, dots), 0.0)
-        some = listed.any(1, keepdim=True)
-        logits = torch.where(listed, scale_of(scale, wide) * dots, torch.where(some, -INF, 0.0))
-        shares = torch.where(listed, logits.softmax(1), 0.0)
-        retrieved = torch.einsum("bk,bkc->bc", shares, rows)
-        found = torch.where(listed, dots, -INF), torch.where(listed, slots, -1)
-        if topk > M:
-            found = tuple(
-                torch.cat([x, x.new_full((x.shape[0], topk - M), fill)], 1)
-                for x, fill in zip(found, (-INF, -1), strict=True)
-            )
-        return retrieved, *found
+        """query [B, C]: retrieved, scores and slots."""
+        return select(query, self.bank, topk, scale, self._valid(mask), exclude)
 
     # Writing.
 
@@ -372,75 +333,6 @@ class FeatureBank(nn.Module):
             blended = unit(blended)
         return torch.where(written[:, None], blended, new).to(old.dtype)
 
-    # Arguments.
-
-    def _check_update(self, features: Any, slots: Any) -> Tensor:
-        """The rows to write, of length 1 if asked for."""
-        where, C = "FeatureBank.update", self.feature_dim
-        check_tensor(where, "features", features, "(B, C)", 2)
-        if features.dtype not in FLOATS:
-            refuse(TypeError, where, "features", "float32, bfloat16, float16 or float64", features)
-        if features.shape[1] != C:
-            refuse(ValueError, where, "features", f"{C} channels", features)
-        self._check_device(where, "features", features)
-        if slots is not None:
-            if self.update_mode != "ema":
-                refuse(ValueError, where, "slots", f"None, because update_mode is {self.update_mode!r}", slots)
-            if not isinstance(slots, Tensor) or slots.dtype not in (torch.int32, torch.int64):
-                refuse(TypeError, where, "slots", "an int32 or int64 tensor (B,)", slots)
-            if tuple(slots.shape) != (features.shape[0],):
-                refuse(ValueError, where, "slots", f"shape ({features.shape[0]},)", slots)
-            self._check_device(where, "slots", slots)
-            if slots.is_cpu and not torch.compiler.is_compiling():
-                outside = slots[(slots < 0) | (slots >= self.bank_size)]
-                if outside.numel():
-                    refuse(ValueError, where, "slots", f"values from 0 to {self.bank_size - 1}", int(outside[0]))
-        rows = features.detach()
-        if self.normalize:
-            rows = unit(rows)
-        if self.on_nonfinite == "raise" and not bool(rows.to(self.bank.dtype).isfinite().all()):
-            expected = f"rows that are finite in {str(self.bank.dtype)[6:]}, because on_nonfinite is 'raise'"
-            raise ValueError(f"{where}: features: expected {expected}; got NaN or infinity")
-        return rows
-
-    def _check_read(self, query: Any, scale: Any, mask: Any, exclude: Any):
-        """query [B, C], scale, mask [M] or [B, M], exclude [B]."""
-        where, C, M = "FeatureBank", self.feature_dim, self.bank_size
-        if not isinstance(query, Tensor):
-            refuse(TypeError, where, "query", "a tensor (..., C)", query)
-        if query.dtype not in FLOATS:
-            refuse(TypeError, where, "query", "float32, bfloat16, float16 or float64", query)
-        if query.dim() == 0 or query.shape[-1] != C:
-            refuse(ValueError, where, "query", f"shape (..., {C})", query)
-        if (query.dtype == torch.float64) != (self.bank.dtype == torch.float64):
-            refuse(TypeError, where, "query", f"float64 exactly when the bank, {self.bank.dtype}, is", query)
-        self._check_device(where, "query", query)
-        lead = tuple(query.shape[:-1])
-        scale = self.scale if scale is None else check_scale(where, scale)
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                refuse(TypeError, where, "mask", "a bool tensor (M,) or (..., M)", mask)
-            if tuple(mask.shape) not in ((M,), (*lead, M)):
-                refuse(ValueError, where, "mask", f"shape {(M,)} or {(*lead, M)}", mask)
-            self._check_device(where, "mask", mask)
-            mask = mask.reshape(-1, M) if mask.dim() > 1 else mask
-        if exclude is not None:
-            if not isinstance(exclude, Tensor) or exclude.dtype not in (torch.int32, torch.int64):
-                refuse(TypeError, where, "exclude", "an int32 or int64 tensor (...)", exclude)
-            if tuple(exclude.shape) != lead:
-                refuse(ValueError, where, "exclude", f"shape {lead}", exclude)
-            self._check_device(where, "exclude", exclude)
-            if exclude.is_cpu and not torch.compiler.is_compiling():
-                outside = exclude[(exclude < -1) | (exclude >= M)]
-                if outside.numel():
-                    refuse(ValueError, where, "exclude", f"values from -1 to {M - 1}", int(outside[0]))
-            exclude = exclude.reshape(-1)
-        return query.reshape(-1, C), scale, mask, exclude
-
-    def _check_device(self, where: str, name: str, x: Tensor) -> None:
-        if x.device != self.bank.device:
-            refuse(ValueError, where, name, f"a tensor on the bank's device, {self.bank.device}", f"one on {x.device}")
-
     # Checkpoints and processes.
 
     def _own_buffers(self) -> list[str]:
@@ -513,49 +405,3 @@ def keep_banks_local(model: nn.Module) -> nn.Module:
                 module.get_buffer(name)._ddp_ignored = True  # mixed precision would make a half of the pointer
     model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys(names))
     return model
-
-
-def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 where any is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, in float32 at least; zeros stay zeros.  Divided by the peak first, no square over- or
-    underflows; as the quotient does not depend on the peak, neither does the gradient."""
-    x = x.to(wide_dtype(x.dtype))
-    peak = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(peak > 0, peak, 1.0)
-    norm = x.square().sum(-1, keepdim=True)
-    return x * torch.where(norm > 0, norm, 1.0).rsqrt()
-
-
-def scale_of(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return scale.to(dtype).reshape(()) if isinstance(scale, Tensor) else scale
-
-
-def check_scale(where: str, x: Any) -> float | Tensor:
-    if isinstance(x, Tensor):
-        if not x.is_floating_point():
-            refuse(TypeError, where, "scale", "a floating point tensor", x)
-        if x.numel() != 1:
-            refuse(ValueError, where, "scale", "a number or a tensor of one element", x)
-        return x
-    return check_number(where, "scale", x, -INF, INF)
-
-
-def check_number(where: str, name: str, x: Any, low: float, high: float) -> float:
-    if isinstance(x, bool | str | Tensor) or not hasattr(x, "__float__"):
-        refuse(TypeError, where, name, "a real number", x)
-    x = float(x)
-    if not (math.isfinite(x) and low <= x <= high):
-        expected = "a finite number" if low == -INF else f"a number from {low:g} to {high:g}"
-        refuse(ValueError, where, name, expected, x)
-    return x
-
-
-def check_count(where: str, name: str, x: Any) -> int:
-    x = check_size(where, name, x)
-    if x >= 1 << 31:
-        refuse(ValueError, where, name, "an int below 2^31", x)
-    return x
