@@ -180,10 +180,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_pool(Tensor features, MaybeTens
         for (int64_t c = 0; c < C; ++c) {
           total[static_cast<size_t>(c)] += static_cast<double>(part.sum[c]);
           if (p.wants_attention) weighted[static_cast<size_t>(c)] += fade * static_cast<double>(part.weighted[c]);
+          if (!of_max) continue;
           // The first of equals, and NaN above every number.
-          const bool better =
-              !some || part.maximum[c] > of_max[c] || (part.maximum[c] != part.maximum[c] && of_max[c] == of_max[c]);
-          if (of_max && better) {
+          const bool lost = part.maximum[c] != part.maximum[c] && of_max[c] == of_max[c];
+          if (!some || part.maximum[c] > of_max[c] || lost) {
             of_max[c] = part.maximum[c];
             firsts[c] = part.first[c];
           }
