@@ -33,6 +33,7 @@ def small_call(operation: str, device: str) -> tuple:
         "interpolate_tokens": (x, (4,), (8,)),
         "interpolate_add": (x, x),
         "token_pool": (x, x[0], None, x[0, :1, :4], None, x[0, 0, :3]),
+        "bank_retrieval": (x[0], x[0], 1),
     }[operation]
 
 
