@@ -46,7 +46,7 @@ def draw(seed: int, size: int) -> dict:
         "dtype": bank_dtype,
         "scale": r.choice([1.0, 0.25, -0.5, 0.0]),
         "scale_is_parameter": r.random() < 0.5,
-        "normalize": not exact and r.random() < 0.5,
+        "normalize": not exact and not special and r.random() < 0.6,
         "on_nonfinite": r.choice(["skip", "keep"]) if special else "skip",
         "pushes": [
             [rows(r.choice([0, 1, r.randint(0, M // size + 3)]), bank_dtype, special) for _ in range(size)]
@@ -153,7 +153,7 @@ def misuse(rank: int, size: int) -> dict:
         "a tensor (B, C)": lambda: good.update(None if odd else x),
         "float64 exactly": lambda: good(x.double()),
         "values from -1 to 9": lambda: good(x, torch.full((2,), 10 if odd else 1)),
-        "finite rows": lambda: bank(on_nonfinite="raise").update(bad if odd else x),
+        "finite in float32": lambda: bank(on_nonfinite="raise").update(bad if odd else x),
     }
 
     def bank_of(M, C):
@@ -220,7 +220,8 @@ def checkpoint(rank: int, size: int, states: list | None = None) -> dict:
 
 
 def payload(rank: int, size: int, batch: int, M: int, C: int, topk: int, skewed: bool) -> dict:
-    """Bytes of a forward and a backward; skewed: all that queries look for lies on rank 0."""
+    """Bytes of a forward and a backward, after a push of 2 M rows of which the last M stay; skewed: all that queries
+    look for lies on rank 0."""
     from hivilt.distributed import ShardedFeatureBank
 
     bank = ShardedFeatureBank(M, C, topk=topk, timeout=60.0)
@@ -229,7 +230,8 @@ def payload(rank: int, size: int, batch: int, M: int, C: int, topk: int, skewed:
     if skewed:
         features[torch.arange(M) % size != 0] *= 1e-3
     query = torch.randn(size, batch, C, generator=g)[rank].requires_grad_()
-    bank.update(features[rank * M // size : (rank + 1) * M // size])
+    features = torch.cat([torch.full_like(features, 9.0), features])
+    bank.update(features[rank * 2 * M // size : (rank + 1) * 2 * M // size])
     bank(query)[0].sum().backward()
     return bank.payload_bytes()
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize as unit
 
 from ..ops._checks import FLOATS, INT32_MAX, Said, check_flag, check_number, check_tensor, check_topk, refuse
+from ..reference.modules._bank_reading import unit
 from . import state as states
 from .candidates import shard_rows
 from .exchange import Exchange
@@ -26,11 +26,11 @@ NAME = "ShardedFeatureBank"
 class ShardedFeatureBank(nn.Module):
     """A ring buffer of features and retrieval from it, sharded over the ranks of a process group.
 
-    Every rank constructs it alike and calls ``update``, ``forward`` and, where gradients are wanted, backward, each
-    with its own features and queries: any number of them, also none.  Features are taken in rank-major order.  Before
-    anything is sent the ranks agree on what they do; a call that does not fit, or that one rank refuses, raises the
-    same error on all of them, changes nothing and leaves the group usable.  After a ShardError it is not: then every
-    call raises at once, until a new group and a new module take the state over.
+    Every rank constructs it alike, several of them in the same order, and calls ``update``, ``forward`` and, where
+    gradients are wanted, backward, each with its own features and queries: any number of them, also none.  Features are
+    taken in rank-major order.  Before anything is sent the ranks agree on what they do; a call that does not fit, or
+    that one rank refuses, raises the same error on all of them, changes nothing and leaves the group usable.  After a
+    ShardError it is not: then every call raises at once, until a new group and a new module take the state over.
 
     Args:
         bank_size: M, slots in all; less than 2^31 on each rank.
@@ -42,8 +42,8 @@ class ShardedFeatureBank(nn.Module):
             torch.distributed was not initialised.
         timeout: seconds for one call, all its collectives together; None leaves it to the group.
         normalize: features are scaled to length 1 before they are written, queries before they are looked up.
-        on_nonfinite: features with NaN or infinity are left out and counted ("skip"), refuse the call ("raise") or are
-            written ("keep").
+        on_nonfinite: features that hold NaN or infinity, or would in the bank's dtype, are left out and counted
+            ("skip"), refuse the call ("raise") or are written ("keep").
         dtype: of the bank: float32, bfloat16, float16 or float64; device: where the shard lives.
 
     State:
@@ -165,8 +165,9 @@ class ShardedFeatureBank(nn.Module):
             every = self._agree("forward", check, lambda: header)
             rows = [header["rows"] for header in every]
             wire = torch.float64 if query.dtype == torch.float64 else torch.float32
-            if self.normalize:
-                query = _unit(query)
+            dtype = query.dtype
+            if self.normalize:  # not rounded to a half type again
+                query = unit(query)
             filled = int(self.filled)
             call = Call(
                 exchange=self.exchange,
@@ -180,9 +181,11 @@ class ShardedFeatureBank(nn.Module):
                 number=number,
             )
             if records:
-                return ShardedRetrieval.apply(query, scale, call)
-            with torch.no_grad():
-                return retrieve(call, query, scale, save=False)
+                retrieved, scores, indices = ShardedRetrieval.apply(query, scale, call)
+            else:
+                with torch.no_grad():
+                    retrieved, scores, indices = retrieve(call, query, scale, save=False)
+            return retrieved.to(dtype), scores, indices
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -206,12 +209,14 @@ class ShardedFeatureBank(nn.Module):
             def check() -> None:
                 nonlocal stays
                 self._check_rows("features", features)
-                finite = features.isfinite().all(1)
+                stays = (unit(features) if self.normalize else features).to(self.bank.dtype)
+                if self.on_nonfinite == "keep":
+                    return
+                finite = stays.isfinite().all(1)
                 if self.on_nonfinite == "raise" and not bool(finite.all()):
-                    what = "finite rows, because on_nonfinite='raise'"
+                    what = f"rows that are finite in {str(stays.dtype)[6:]}, because on_nonfinite is 'raise'"
                     refuse(ValueError, f"{NAME}.update", "features", what, Said("NaN or infinity"))
-                stays = features if self.on_nonfinite == "keep" else features[finite]
-                stays = (_unit(stays) if self.normalize else stays).to(self.bank.dtype)
+                stays = stays[finite]
 
             every = self._agree("update", check, lambda: {"rows": features.shape[0], "kept": stays.shape[0]})
             kept = [header["kept"] for header in every]
@@ -359,8 +364,3 @@ def _size(name: str, value: Any) -> int:
     if value < 1:
         refuse(ValueError, NAME, name, "at least 1", value)
     return value
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length 1, in x's dtype; computed in float32 at least."""
-    return unit(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1).to(x.dtype)

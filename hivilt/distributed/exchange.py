@@ -91,6 +91,8 @@ class Exchange:
     def all_gather_rows(self, x: Tensor, rows: list[int], phase: str) -> Tensor:
         """[sum(rows), ...] in rank order; rank r passes rows[r] of them, and all send as many as the largest."""
         most = max(rows)
+        if min(rows) == most:
+            return self.all_gather(x, phase).flatten(0, 1)
         padded = x.new_zeros(most, *x.shape[1:])
         padded[: x.shape[0]] = x
         every = self.all_gather(padded, phase)
