@@ -76,6 +76,8 @@ class ShardedFeatureBank(nn.Module):
         if topk is None:
             refuse(TypeError, NAME, "topk", "an int of at least 1", topk)
         self.topk = check_topk(NAME, topk)
+        if self.topk > INT32_MAX:
+            refuse(ValueError, NAME, "topk", "less than 2^31", topk)
         check_flag(NAME, "normalize", normalize)
         self.normalize = normalize
         if not isinstance(on_nonfinite, str) or on_nonfinite not in NONFINITE:
@@ -142,17 +144,15 @@ class ShardedFeatureBank(nn.Module):
         """
         with self.exchange.call("forward"):
             scale = self.scale if isinstance(self.scale, Tensor) else None
-            header, records = {}, False
 
-            def check() -> None:
-                nonlocal header, records
+            def prepare() -> Header:
                 self._check_rows("query", query, self.bank)
                 if exclude is not None:
                     self._check_exclude(exclude, query)
                 records = torch.is_grad_enabled() and (
                     query.requires_grad or (scale is not None and scale.requires_grad)
                 )
-                header = {
+                return {
                     "rows": query.shape[0],
                     "dtype": DTYPES.index(query.dtype),
                     "scale_is_tensor": int(scale is not None),
@@ -162,7 +162,7 @@ class ShardedFeatureBank(nn.Module):
                 }
 
             number = self.exchange.sequence
-            every = self._agree("forward", check, lambda: header)
+            every = self._agree("forward", prepare)
             rows = [header["rows"] for header in every]
             wire = torch.float64 if query.dtype == torch.float64 else torch.float32
             dtype = query.dtype
@@ -180,7 +180,7 @@ class ShardedFeatureBank(nn.Module):
                 wire=wire,
                 number=number,
             )
-            if records:
+            if every[self.exchange.rank]["records"]:
                 retrieved, scores, indices = ShardedRetrieval.apply(query, scale, call)
             else:
                 with torch.no_grad():
@@ -206,19 +206,19 @@ class ShardedFeatureBank(nn.Module):
             rank, size, M = self.exchange.rank, self.exchange.size, self.bank_size
             stays = features
 
-            def check() -> None:
+            def prepare() -> Header:
                 nonlocal stays
                 self._check_rows("features", features)
                 stays = (unit(features) if self.normalize else features).to(self.bank.dtype)
-                if self.on_nonfinite == "keep":
-                    return
-                finite = stays.isfinite().all(1)
-                if self.on_nonfinite == "raise" and not bool(finite.all()):
-                    what = f"rows that are finite in {str(stays.dtype)[6:]}, because on_nonfinite is 'raise'"
-                    refuse(ValueError, f"{NAME}.update", "features", what, Said("NaN or infinity"))
-                stays = stays[finite]
+                if self.on_nonfinite != "keep":
+                    finite = stays.isfinite().all(1)
+                    if self.on_nonfinite == "raise" and not bool(finite.all()):
+                        what = f"rows that are finite in {str(stays.dtype)[6:]}, because on_nonfinite is 'raise'"
+                        refuse(ValueError, f"{NAME}.update", "features", what, Said("NaN or infinity"))
+                    stays = stays[finite]
+                return {"rows": features.shape[0], "kept": stays.shape[0]}
 
-            every = self._agree("update", check, lambda: {"rows": features.shape[0], "kept": stays.shape[0]})
+            every = self._agree("update", prepare)
             kept = [header["kept"] for header in every]
             total, ptr = sum(kept), int(self.ptr)
             # Every rank knows every row's place: those before the last M are never sent, no counts are exchanged.
@@ -248,7 +248,7 @@ class ShardedFeatureBank(nn.Module):
         Cost: M C elements on every rank; where that is too much, save state_dict() of every rank and ``reshard`` those.
         """
         with self.exchange.call("full_state"):
-            self._agree("full_state", lambda: None, dict)
+            self._agree("full_state", dict)
             size = self.exchange.size
             rows = [shard_rows(self.bank_size, rank, size) for rank in range(size)]
             shards = self.exchange.all_gather_rows(self.bank, rows, "rows").split(rows)
@@ -274,8 +274,9 @@ class ShardedFeatureBank(nn.Module):
         for name in states.COUNTERS:
             getattr(self, name).copy_(state[name])
 
-    def _agree(self, operation: str, check: Callable[[], None], more: Callable[[], Header]) -> list[Header]:
-        """Own checks, then everyone's: a refusal is told to the others before it is raised."""
+    def _agree(self, operation: str, prepare: Callable[[], Header]) -> list[Header]:
+        """Every rank's header.  ``prepare`` checks the arguments and says what the header holds of them; what it raises
+        is told to the others before it is raised."""
         header: Header = {
             "operation": OPERATIONS.index(operation),
             "bank_size": self.bank_size,
@@ -288,8 +289,7 @@ class ShardedFeatureBank(nn.Module):
         try:
             header["bank_dtype"] = DTYPES.index(self.bank.dtype)
             header |= {name: int(getattr(self, name)) for name in states.COUNTERS}
-            check()
-            header |= more()
+            header |= prepare()
         except Exception as error:
             refusal = error
         return agree(self.exchange, header, refusal, self.bank.device)
