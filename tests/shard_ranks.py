@@ -182,8 +182,8 @@ def constructions(rank: int, size: int) -> list:
     wrong = [
         ("bank_size", 0), ("bank_size", 2.5), ("bank_size", True), ("feature_dim", -1), ("feature_dim", "4"),
         ("topk", 0), ("topk", None), ("topk", 1.5), ("topk", 2**70), ("scale", NAN), ("scale", "1"),
-        ("scale", torch.ones(2)), ("scale", torch.ones(1, dtype=torch.int64)), ("timeout", 0), ("timeout", -1.0), ("timeout", "1"),
-        ("normalize", 1), ("on_nonfinite", "drop"), ("on_nonfinite", None), ("dtype", torch.int32),
+        ("scale", torch.ones(2)), ("scale", torch.ones(1, dtype=torch.int64)), ("timeout", 0), ("timeout", -1.0),
+        ("timeout", "1"), ("normalize", 1), ("on_nonfinite", "drop"), ("on_nonfinite", None), ("dtype", torch.int32),
         ("bank_size", size * 2**31 + 1),
     ]  # fmt: skip
     return [[name, *refused(lambda y=good | {name: value}: ShardedFeatureBank(**y))] for name, value in wrong]
