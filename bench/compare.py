@@ -14,7 +14,8 @@ from report import Results, ms, table
 
 SAME = ("cpu", "cpus", "isa", "threads", "gpu")  # what must agree
 NOTED = ("torch", "python", "hivilt")
-NOT_OURS = ("eager", "permute", "deterministic", "sdpa", "sdpa_masked", "floor", "gemm", "copy", "mul")
+NOT_OURS = ("eager", "permute", "deterministic", "sdpa", "sdpa_masked", "faiss", "faiss_blas", "floor", "gemm",
+            "copy", "mul")  # fmt: skip
 
 
 def different(before: Results, after: Results, keys: tuple[str, ...]) -> list[str]:

@@ -18,10 +18,12 @@ import gpu_targets
 
 ORDER = (
     "eager", "permute", "compile", "deterministic", "flex", "sdpa_masked", "efficient_masked", "cudnn_masked",
-    "math_masked", "sdpa", "flash", "efficient", "cudnn", "math", "hivilt_fp32", "hivilt", "floor", "gemm", "copy",
+    "math_masked", "sdpa", "flash", "efficient", "cudnn", "math", "faiss", "faiss_blas", "hivilt_fp32", "hivilt_bf16",
+    "hivilt", "floor", "gemm", "copy",
 )  # fmt: skip
 FLOORS = ("floor", "gemm", "copy")  # parts of an operation, or as many bytes
-FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool")  # first words of titles
+# first words of titles
+FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval")
 MARKS = "<!-- benchmarks: {} -->", "<!-- end of benchmarks -->"
 
 # What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
@@ -40,6 +42,13 @@ FUSION_TARGETS = (
       for shape in FUSION_SHAPES),
     ("interpolate_add inference B4-n784-N3136-C192", 5), ("segformer inference B1-B0-512x512", 3),
     ("segformer inference B1-B5-512x512", 3), ("token_pool inference B8-N3136-C192", 3.5),
+)  # fmt: skip
+BANK_SHAPES = ("B64-M10000-C192-top100", "B256-M100000-C192-top100", "B1024-M100000-C256-top100")
+# (direction, who of us, against whom, the goal of each shape; at most so many times as long against the floor)
+BANK_TARGETS = (
+    ("forward", "hivilt", "eager", (3, 3.3, 3.2)), ("forward+backward", "hivilt", "eager", (5, 5, 5)),
+    ("forward", "hivilt", "faiss", (3, 10, 1.6)), ("forward", "hivilt", "faiss_blas", (1.5, 1.6, 1.6)),
+    ("forward", "hivilt", "floor", (1.35, 0.62, 0.62)), ("forward", "hivilt_fp32", "floor", (1.12, 1.12, 1.12)),
 )  # fmt: skip
 BF16_VS_FP32 = 1.6
 OVERHEAD_US = 10
@@ -178,6 +187,14 @@ def targets(results: Results) -> str:
         ratio = results.fact(group, "hivilt", "ratio_vs_eager")
         what, shape = title.rsplit(" ", 1)
         row(f"{what}: times faster than eager", shape, results.median(group, "hivilt"), ratio, goal, False)
+    for direction, ours, rival, goals in BANK_TARGETS:
+        for shape, goal in zip(BANK_SHAPES, goals, strict=True):
+            group = f"bank_retrieval {direction} {shape}-fp32-{results.device}"
+            who = {"faiss": "FAISS", "faiss_blas": "FAISS with BLAS"}.get(rival, rival)
+            what = "times the fp32 product alone" if rival == "floor" else f"times faster than {who}"
+            what = f"bank_retrieval {direction}{', fp32' if ours == 'hivilt_fp32' else ''}: {what}"
+            ratio = results.fact(group, ours, f"ratio_vs_{rival}")
+            row(what, shape, results.median(group, ours), ratio, goal, rival == "floor")
     for direction in ("no-grad", "grad"):
         group = f"overhead {direction} {results.device}"
         beyond = results.fact(group, "hivilt", "us_beyond_mul")
@@ -251,13 +268,13 @@ def memory(results: Results) -> str:
 
 def errors(results: Results) -> str:
     """Largest absolute error against float64 in the judged head: of the output, and of the worst gradient. Outputs of
-    dense attention are smaller than those of top-k attention, and so are its errors in half types."""
+    dense attention are smaller than those of top-k attention, and so are its errors in half types. Of FAISS, scores."""
 
     def cell(found: dict[str, float] | None) -> str:
         if not found:
             return "-"
-        grads = [error for name, error in found.items() if name != "out"]
-        return f"{found['out']:.1e}" + (f", {max(grads):.1e}" if grads else "")
+        grads = [error for name, error in found.items() if name not in ("out", "scores", "recall")]
+        return f"{found.get('out', found.get('scores', 0.0)):.1e}" + (f", {max(grads):.1e}" if grads else "")
 
     def one(part: Results, before: str, label: Callable[[str], str]) -> str:
         names = present(part)
@@ -265,6 +282,21 @@ def errors(results: Results) -> str:
         return table([f"{before}largest error: output, worst gradient", *names], rows)
 
     return by_family(results, one)
+
+
+def recall(results: Results) -> str:
+    """Share of the right rows that each rival lists, where the race is about rows; below 1 only where asked for."""
+    rows, names = [], [name for name in ORDER if name not in FLOORS]
+    found = {
+        (group, name): errors["recall"]
+        for group in results.groups
+        for name in names
+        if "recall" in (errors := results.fact(group, name, "max_error") or {})
+    }
+    names = [name for name in names if any(name == other for _, other in found)]
+    for group in dict.fromkeys(group for group, _ in found):
+        rows.append([group, *(f"{found[group, name]:.4f}" if (group, name) in found else "-" for name in names)])
+    return table(["recall", *names], rows)
 
 
 def left_out(results: Results) -> str:
@@ -380,7 +412,14 @@ def compose(results: Results, picture: str | None) -> str:
     parts = ["# Benchmarks", summary(results)]
     if picture:
         parts.append(f"![times and memory]({picture})")
-    sections = (("Times", times), ("Memory", memory), ("Errors", errors), ("Work", possible), ("Others", others))
+    sections = (
+        ("Times", times),
+        ("Memory", memory),
+        ("Errors", errors),
+        ("Recall", recall),
+        ("Work", possible),
+        ("Others", others),
+    )
     if results.like_gpu:
         sections += (("Left out", left_out),)
     for title, body in sections:

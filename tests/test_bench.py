@@ -14,6 +14,7 @@ import hivilt
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # as bench/conftest.py does
 pytest.importorskip("pytest_benchmark")
 
+import bank_rivals
 import compare
 import device
 import fusion_rivals
@@ -239,6 +240,88 @@ def test_work_of_fusions_is_counted():
         assert one.counts()[1:] == (sum(t.numel() for t in fusion_rivals.leaves_of(x)), out.numel())
         source = fusion_rivals.copied(one, x)()[0]
         assert source.numel() == fusion_rivals.case_cost("copy", one).bytes // 2
+
+
+BANKS = [bank_rivals.Case(B=40, M=700, C=24, topk=9, direction=d) for d in bank_rivals.DIRECTIONS]
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", BANKS, ids=lambda case: case.direction)
+def test_rivals_of_retrieval_agree_with_float64(case):
+    x = bank_rivals.draw(case)
+    gate = bank_rivals.Gate(case, x)
+    searches = ["floor", *(["faiss", "faiss_blas"] if bank_rivals.FAISS else [])]
+    for name in ["eager", "hivilt"] + searches * (not case.backward):
+        found = gate.check(name, bank_rivals.runner(name, case, x)())
+        assert found.pop("recall", 1.0) == 1.0 and max(found.values()) < 1e-5
+        assert set(found) == ({"scores"} if name in searches else {"out", "scores", *["query"] * case.backward})
+    for precision in ("fp32", "bf16"):
+        one = replace(case, precision=precision)
+        assert bank_rivals.draw(one)["keys"] is x["keys"], "a bank is drawn once for all precisions"
+        found = bank_rivals.Gate(one, x).check("hivilt", bank_rivals.runner("hivilt", one, x)())
+        assert found["recall"] == 1.0 or precision == "bf16"
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["eager", "hivilt", "faiss", "floor"])
+def test_gate_of_retrieval_refuses_a_wrong_result(name):
+    if name == "faiss" and not bank_rivals.FAISS:
+        pytest.skip("faiss-cpu is not installed")
+    case = BANKS[name in ("eager", "hivilt")]
+    x = bank_rivals.draw(case)
+    gate, results = bank_rivals.Gate(case, x), bank_rivals.runner(name, case, x)()
+    for wrong, good in enumerate(results):
+        planted = [t.detach().clone() for t in results]
+        if good.dtype == torch.int64:  # another row in the place of the last one
+            planted[wrong][0, -1] = next(j for j in range(case.M) if j not in good[0])
+        else:
+            planted[wrong][0, 0] += 1e-2
+        with pytest.raises(AssertionError):
+            gate.check(name, planted)
+    if name == "hivilt":
+        loose = bank_rivals.Gate(replace(case, precision="bf16"), x)
+        planted = [t.detach().clone() for t in results]
+        planted[2] = planted[2].flip(0)
+        with pytest.raises(AssertionError, match="recall"):
+            loose.check(name, planted)
+
+
+def test_work_of_retrieval_is_counted():
+    case, both = BANKS
+    product = 2 * 40 * 700 * 24
+    search = 4 * (40 * 24 + 700 * 24) + 40 * 9 * 12  # queries, bank; a score of 4 and an index of 8 bytes for each
+    assert bank_rivals.case_cost("floor", case) == (product, 4 * (40 * 24 + 700 * 24 + 40 * 700))
+    assert bank_rivals.case_cost("faiss", case) == (product, search)
+    assert bank_rivals.case_cost("hivilt", case) == (product + 2 * 360 * 24, search + 4 * 40 * 24)
+    again = 4 * (2 * 40 * 24 + 360 * 24)  # the upstream gradient, that of the queries, the kept rows
+    assert bank_rivals.case_cost("hivilt", both) == (product + 6 * 360 * 24, search + 4 * 40 * 24 + again)
+
+
+def test_report_of_retrieval(results):
+    """Targets against every rival, at most so long against the product alone, and the recall of each precision."""
+    found = results()
+    bench = copy.deepcopy(found.groups[next(iter(found.groups))]["hivilt"])
+    ratios = {"eager": 4.0, "faiss": 2.0, "faiss_blas": 1.7, "floor": 0.8}  # 0.8: 1.25 times as long as the product
+    bench["extra_info"] |= {f"ratio_vs_{r}": dict.fromkeys(("q1", "median", "q3"), x) for r, x in ratios.items()}
+    bench["extra_info"]["max_error"] = {"out": 2e-7, "scores": 3e-6, "recall": 1.0}
+    near, search = copy.deepcopy(bench), copy.deepcopy(bench)
+    near["extra_info"]["max_error"]["recall"] = 0.98765
+    search["extra_info"]["max_error"] = {"scores": 3e-6, "recall": 1.0}
+    title = f"bank_retrieval forward {report.BANK_SHAPES[0]}-fp32-cpu"
+    found.groups[title] = {"hivilt": bench, "hivilt_fp32": bench, "hivilt_bf16": near, "faiss": search}
+    cells = [[cell.strip() for cell in row.split("|")] for row in report.targets(found).splitlines() if "bank_" in row]
+    assert [(row[1].split(": ")[1], row[-3], row[-2]) for row in cells] == [
+        ("times faster than eager", "3", "yes"), ("times faster than FAISS", "3", "no"),
+        ("times faster than FAISS with BLAS", "1.5", "yes"), ("times the fp32 product alone", "at most 1.35", "yes"),
+        ("times the fp32 product alone", "at most 1.12", "no"),
+    ]  # fmt: skip
+    assert (
+        "0.9877" in report.recall(found)
+        and "1.0000" in report.recall(found)
+        and "0.9877" in report.compose(found, None)
+    )
+    assert "2.0e-07" in report.errors(found) and "3.0e-06" in report.errors(found)
+    assert report.recall(results()) == "Not measured."
 
 
 def test_turns_are_shuffled_rounds():
