@@ -253,3 +253,29 @@ def hard_banks(B: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, int]]:
         45,
     )
     return banks
+
+
+def representative(name: str, device: str) -> list[tuple]:
+    """Argument tuples of an operator that between them set every optional argument, without the backend."""
+    query, keys, values = (numbers(i, *shape).to(device) for i, shape in enumerate(((4, 6), (15, 6), (15, 5))))
+    scale, counter = torch.tensor(0.4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    if name == "bank_push_":
+        return [
+            (keys, counter, counter.clone(), None, None, query, None, False),
+            (keys, counter, counter.clone(), values, counter.clone(), query, values[:4].clone(), True),
+        ]
+    mask, exclude = numbers(3, 4, 15).to(device) > -1, torch.tensor([-1, 0, 3, 14], device=device)
+    forward = [
+        (query, keys, None, 3, None, 0.7, None, None, None, "exact", False),
+        (query, keys, values, 3, scale, 1.0, torch.tensor(12, device=device), mask, exclude, "fp32", True),
+        (query, keys, None, 20, scale, 1.0, None, mask[0], None, "bf16", True),
+    ]
+    if name == "bank_retrieval":
+        return forward
+    backward = []
+    for args in forward[1:]:
+        retrieved, scores, indices, rows, value_rows = torch.ops.hivilt.bank_retrieval(*args, "")
+        value_rows, grad_scores = (None, None) if args[2] is None else (value_rows, torch.ones_like(scores))
+        saved = (rows, value_rows, scores, indices, scale, 1.0, 15)
+        backward += [(query, torch.ones_like(retrieved), grad_scores, *saved, wanted) for wanted in (True, False)]
+    return backward

@@ -397,35 +397,6 @@ def test_inductor():
     torch.testing.assert_close(ga, gb)
 
 
-def test_opcheck():
-    """torch's own checks of schema, fake and mutation of the operators behind the functions."""
-    x = {n: v.detach() for n, v in made("cpu").items()}
-    mask, count, exclude = torch.ones(7, 60, dtype=torch.bool), torch.tensor(50), torch.arange(7)
-    ops = torch.ops.hivilt
-    for values, save in ((None, False), (x["values"], True)):
-        args = (x["query"], x["keys"], values, 4, x["scale"], 1.0, count, mask, exclude, "exact", save, "")
-        torch.library.opcheck(ops.bank_retrieval.default, args)
-    forward = ops.bank_retrieval(*args)
-    args = (
-        x["query"],
-        torch.ones(7, 9),
-        None,
-        forward[3],
-        forward[4],
-        forward[1],
-        forward[2],
-        x["scale"],
-        1.0,
-        60,
-        True,
-        "",
-    )
-    torch.library.opcheck(ops.bank_retrieval_backward.default, args)
-    state = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    args = (x["keys"].clone(), *state, None, torch.zeros(1, dtype=torch.int64), x["query"], None, True)
-    torch.library.opcheck(ops.bank_push_.default, args)
-
-
 def test_fake_and_meta_tensors_have_the_real_form(where):
     backend, device = where
     for dtype in (torch.float32, torch.bfloat16):

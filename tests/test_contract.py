@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 
+import plain_bank
 import plain_scale_fusion
 import plain_token_pool
 import pytest
@@ -63,7 +64,10 @@ def representative(name: str, device: str) -> list[tuple]:
             (go, None, q, k, v, out, lse, indices, 0, *masks, None, 0.3, 0.0, False, *backend),
             (go, gl, q, k, v, out, lse, empty, 0, *masks, None, 0.3, 0.0, True, *backend),
         ]
-    other = plain_token_pool if name.startswith("token_pool") else plain_scale_fusion
+    if name == "bank_push_":  # one implementation, for every device
+        return plain_bank.representative(name, device)
+    others = {"token_pool": plain_token_pool, "bank": plain_bank}
+    other = next((module for stem, module in others.items() if name.startswith(stem)), plain_scale_fusion)
     return [(*args, *backend) for args in other.representative(name, device)]
 
 

@@ -191,7 +191,7 @@ def test_stem_stands_in_every_room(stem):
 
 
 def test_stems_are_the_families():
-    assert STEMS == ["scale_fusion", "token_pool", "topk_attention"]
+    assert STEMS == ["bank_retrieval", "scale_fusion", "token_pool", "topk_attention"]
 
 
 def test_names_say_what_a_file_holds():
