@@ -352,7 +352,6 @@ def test_fullgraph_equals_eager_bit_for_bit(ask, verdicts, dynamic):
             assert all(torch.equal(p, q) for p, q in zip((*a, *ga), (*b, *gb), strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="traced sizes are compared as members of tuples, which Dynamo denies here")
 def test_masks_in_a_graph_of_any_sizes():
     """Two readings of one bank, the first with gradients: the mask of the second fits as well as in eager mode."""
     torch._dynamo.reset()

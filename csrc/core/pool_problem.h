@@ -39,8 +39,8 @@ struct PoolProblem {
   // Backward.
   const float* grad = nullptr;        // (B, stride): of out, zeros behind `channels`
   float* along = nullptr;             // (B, N): <grad, x_n>
-  double* part_means = nullptr;       // (parts): their sums, weighted by attention
-  double* means = nullptr;            // (B): the same over all parts
+  double* part_means = nullptr;       // (parts, 2): sums of attention times that, and of attention
+  double* means = nullptr;            // (B): their quotient over all parts
   const int32_t* first = nullptr;     // (B, C)
   const float* mean_share = nullptr;  // (B): share of the mean, over the number of tokens
   float max_share = 0.0f, attention_share = 0.0f;

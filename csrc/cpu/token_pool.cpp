@@ -129,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_pool(Tensor features, MaybeTens
                                                       std::vector<int64_t> pools) {
   PoolCall call(features, proj_weight, proj_bias, score_weight, pool_weights, mask, pools);
   PoolProblem& p = call.p;
-  if (score_bias) p.score_bias = floats_of(*score_bias, 1)[0];
+  // Softmax does not see what is added to every score, and adding it costs digits; only NaN and infinity show.
+  if (score_bias) p.score_bias = 0.0f * floats_of(*score_bias, 1)[0];
   const int64_t C = p.channels, n_pools = static_cast<int64_t>(pools.size());
   Tensor out = empty({p.batch, C}, dtype_code(features));
   Tensor pooled = empty({p.batch, n_pools, C}, aoti_torch_dtype_float32());
@@ -271,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_pool_backward(
   // <grad, token> of every token, and their attention-weighted mean: subtracting it makes the scores' gradients add up
   // to 0, which subtracting a rounded pool from every token would not.
   std::vector<float> along(p.wants_attention ? static_cast<size_t>(p.batch * p.tokens) : 0);
-  std::vector<double> part_means(static_cast<size_t>(call.n_parts)), means(static_cast<size_t>(p.batch));
+  std::vector<double> part_means(static_cast<size_t>(2 * call.n_parts)), means(static_cast<size_t>(p.batch));
   p.along = along.data();
   p.part_means = part_means.data();
   p.means = means.data();
@@ -279,9 +280,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_pool_backward(
   if (p.wants_attention) {
     call.run(kernels().pool.along);
     for (int64_t b = 0; b < p.batch; ++b) {
-      for (int64_t i = 0; i < call.parts_of_image(); ++i) {
-        means[static_cast<size_t>(b)] += part_means[static_cast<size_t>(b * call.parts_of_image() + i)];
+      double sum = 0.0, weight = 0.0;
+      for (int64_t i = b * call.parts_of_image(); i < (b + 1) * call.parts_of_image(); ++i) {
+        sum += part_means[static_cast<size_t>(2 * i)];
+        weight += part_means[static_cast<size_t>(2 * i + 1)];
       }
+      means[static_cast<size_t>(b)] = weight == 0.0 ? 0.0 : sum / weight;
     }
   }
   call.run(kernels().pool.backward);

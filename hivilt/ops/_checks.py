@@ -116,6 +116,18 @@ def check_packed(op: str, query: Any, key: Any, value: Any) -> None:
         refuse(ValueError, op, "value", f"shape ({key.shape[0]}, {G}, E) to go with key {tuple(key.shape)}", value)
 
 
+def check_index(op: str, name: str, x: Any, expected: str = "an int") -> int:
+    """Anything that counts as one whole number; no bool, no tensor."""
+    if isinstance(x, torch.SymInt):
+        return x
+    if isinstance(x, bool | Tensor) or not hasattr(x, "__index__"):
+        refuse(TypeError, op, name, expected, x)
+    try:
+        return operator.index(x)
+    except TypeError:  # an array of several
+        refuse(TypeError, op, name, expected, x)
+
+
 def check_topk(op: str, topk: Any) -> int:
     if isinstance(topk, bool) or not isinstance(topk, int | torch.SymInt):
         if isinstance(topk, bool | Tensor) or not hasattr(topk, "__index__"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _backends, _library
 from ._bank_retrieval_autograd import BankRetrieval
 from ._bank_retrieval_rows import BANK_RETRIEVAL
-from ._checks import INT32_MAX, Said, check_number, check_tensor, check_topk, refuse
+from ._checks import INT32_MAX, Said, check_index, check_number, check_tensor, check_topk, refuse
 from ._running import eager, record, records, run
 from .topk_attention import topk_attention
 
@@ -141,8 +141,8 @@ def bank_push_(
             written, on their device: nothing waits for it.
         features: [B, C], rows: [B, E] exactly where values are given; rounded to the bank's dtype, without gradients.
         skipped: int64, one element or None: rows left out are added to it.
-        on_nonfinite: "skip" leaves out rows of features or rows that hold NaN or infinity, "raise" refuses them all
-            (and waits for the device to know), "keep" writes them.
+        on_nonfinite: "skip" leaves out rows of features or rows that hold NaN or infinity, or would once rounded to the
+            bank's dtype; "raise" refuses them all (and waits for the device to know), "keep" writes them.
 
     Returns:
         keys.
@@ -186,14 +186,20 @@ def bank_push_(
     for name, x in (("keys", keys), ("values", values)):
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             refuse(ValueError, op, name, "a tensor that wants no gradient: it is written in place", x)
+        if x is not None and any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
+            refuse(ValueError, op, name, "rows with memory of their own: they are written in place", x)
+    written = [("keys", keys), ("values", values), ("pointer", pointer), ("count", count), ("skipped", skipped)]
+    for i, (name, x) in enumerate(written):
+        if x is not None and any(x is y for _, y in written[:i]):
+            refuse(ValueError, op, name, "a tensor of its own: it is written in place", x)
     if not isinstance(on_nonfinite, str) or on_nonfinite not in NONFINITE:
         kind = ValueError if isinstance(on_nonfinite, str) else TypeError
         refuse(kind, op, "on_nonfinite", f"one of {', '.join(map(repr, NONFINITE))}", on_nonfinite)
     features, rows = features.detach(), None if rows is None else rows.detach()
     if on_nonfinite == "raise":
-        finite = features.isfinite().all() & (True if rows is None else rows.isfinite().all())
-        if not bool(finite):
-            refuse(ValueError, op, "features", "finite rows, because on_nonfinite='raise'", Said("NaN or infinity"))
+        for name, x, bank in (("features", features, keys), ("rows", rows, values)):
+            if x is not None and not bool(x.to(bank.dtype).isfinite().all()):
+                refuse(ValueError, op, name, "finite rows, because on_nonfinite='raise'", Said("NaN or infinity"))
     torch.ops.hivilt.bank_push_(keys, pointer, count, values, skipped, features, rows, on_nonfinite == "skip")
     return keys
 
@@ -204,6 +210,7 @@ def _push(keys, pointer, count, values, skipped, features, rows, skip: bool) -> 
     M, B = keys.shape[0], features.shape[0]
     if B == 0:
         return
+    features, rows = features.to(keys.dtype), None if rows is None else rows.to(values.dtype)
     stays = torch.ones(B, dtype=torch.bool, device=features.device)
     if skip:
         stays = features.isfinite().all(1)
@@ -215,7 +222,7 @@ def _push(keys, pointer, count, values, skipped, features, rows, skip: bool) -> 
     slots = (pointer.reshape(()) + rank) % M
     for bank, new in ((keys, features), (values, rows)):
         if bank is not None:
-            bank[slots] = torch.where(is_new[:, None], new[source].to(bank.dtype), bank[slots])
+            bank[slots] = torch.where(is_new[:, None], new[source], bank[slots])
     pointer.copy_((pointer + number) % M)
     count.copy_((count + number).clamp(max=M))
     if skipped is not None:
@@ -241,7 +248,7 @@ def _bind_bank_retrieval(query, keys, topk, values=None, scale=1.0, count=None, 
         op, query, keys, values, scale, count, mask, exclude
     )
     topk = check_topk(op, topk)
-    if query.shape[0] * topk > INT32_MAX:
+    if max(1, query.shape[0]) * topk > INT32_MAX:
         refuse(ValueError, op, "topk", "fewer than 2^31 rows in all", topk)
     if not isinstance(precision, str) or precision not in PRECISIONS:
         kind = ValueError if isinstance(precision, str) else TypeError
@@ -288,7 +295,12 @@ def _check_bank(op, query, keys, values, scale, count, mask, exclude):
             refuse(TypeError, op, "mask", "a dense bool tensor (M,) or (B, M)", mask)
         if mask.dtype != torch.bool:
             refuse(TypeError, op, "mask", "bool", mask)
-        if tuple(mask.shape) not in ((M,), (B, M)):
+        fits = (
+            mask.shape[-1] == M and (mask.dim() == 1 or (mask.dim() == 2 and mask.shape[0] == B))
+            if mask.dim()
+            else False
+        )
+        if not fits:
             refuse(ValueError, op, "mask", f"shape ({M},) or ({B}, {M})", mask)
         if mask.device != query.device:
             refuse(ValueError, op, "mask", f"query's device {query.device}", mask)
@@ -301,10 +313,11 @@ def _check_bank(op, query, keys, values, scale, count, mask, exclude):
 
 def _check_integers(op: str, name: str, x: Any, query: Tensor, size: int) -> Tensor:
     """int64 [size] on query's device."""
-    if isinstance(x, bool) or not (isinstance(x, Tensor) or hasattr(x, "__index__")):
-        refuse(TypeError, op, name, "an int or an integer tensor", x)
     if not isinstance(x, Tensor):
-        return torch.full((size,), x.__index__(), dtype=torch.int64, device=query.device)
+        x = check_index(op, name, x, "an int or an integer tensor")
+        if not -(2**63) <= x < 2**63:
+            refuse(ValueError, op, name, "a number that int64 can hold", x)
+        return torch.full((size,), x, dtype=torch.int64, device=query.device)
     if x.dtype not in (torch.int32, torch.int64):
         refuse(TypeError, op, name, "int32 or int64", x)
     if x.device != query.device:

@@ -8,7 +8,6 @@ tensor is ever in memory, forward or backward; the backward gathers, so it gives
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Sequence
 from math import prod
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from ._checks import Said, autocast, check_flag, check_number, check_tensor, check_vector, refuse
+from ._checks import Said, autocast, check_flag, check_index, check_number, check_tensor, check_vector, refuse
 from ._running import draw_seed, eager, record, records, run
 from ._scale_fusion_autograd import ScaleFusion, interpolate
 from ._scale_fusion_rows import INTERPOLATE, SCALE_FUSION
@@ -277,9 +276,7 @@ def _bind_interpolate_add(x, y, scale=1.0, grid=None, out_grid=None, segments=No
 
 
 def _check_count(op: str, name: str, x: Any, low: int) -> int:
-    if isinstance(x, bool | Tensor) or (not isinstance(x, int | torch.SymInt) and not hasattr(x, "__index__")):
-        refuse(TypeError, op, name, f"an int of at least {low}", x)
-    x = x if isinstance(x, torch.SymInt) else operator.index(x)
+    x = check_index(op, name, x, f"an int of at least {low}")
     if x < low:
         refuse(ValueError, op, name, f"an int of at least {low}", x)
     return x

@@ -36,9 +36,9 @@ def token_pool(
 
     Args:
         features: float32, bfloat16, float16 or float64 [B, N, C], any strides.
-        proj_weight, proj_bias, score_weight, score_bias: same dtype [K, C], [K] or None, [1, K], [1] or None: scores
-            of "attention" are tanh(x proj_weight^T + proj_bias) score_weight^T + score_bias, their softmax over the
-            tokens its weights.  Weights are None exactly when "attention" is not among the pools.
+        proj_weight, proj_bias: same dtype [K, C], [K] or None; score_weight, score_bias: [1, K], [1] or None.  The
+            scores of "attention" are tanh(x proj_weight^T + proj_bias) score_weight^T + score_bias; weights are None
+            exactly when "attention" is not among the pools.
         pool_weights: float32 or same dtype [len(pools)]; entry p belongs to pools[p].
         pools: any of "mean", "max", "attention", each once.
         mask: bool [B, N], True takes part.  A row without a token that takes part gives zeros and no gradient.
