@@ -24,7 +24,7 @@ ORDER = (
 FLOORS = ("floor", "gemm", "copy")  # parts of an operation, or as many bytes
 # first words of titles
 FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval")
-MARKS = "<!-- benchmarks: {} -->", "<!-- end of benchmarks -->"
+MARKS = "<!-- {}: {} -->", "<!-- end of benchmarks -->"
 
 # What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
 SHAPES = {
@@ -427,15 +427,29 @@ def compose(results: Results, picture: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def only_targets(results: Results, name: str) -> str:
+    return summary(results)
+
+
+FORMS = {"benchmarks": for_readme, "targets": only_targets}  # what a mark in the README asks for
+
+
+def marked(text: str) -> list[re.Match]:
+    """Every pair of marks: (form, name of the file, what stands between)."""
+    start = MARKS[0].format(f"({'|'.join(FORMS)})", "([^ ]+)")
+    return list(re.finditer(f"{start}\n(.*?)\n{re.escape(MARKS[1])}", text, flags=re.DOTALL))
+
+
 def into_readme(readme: Path, results: Results, name: str) -> None:
-    """Replaces what stands between the marks; the first one names the file the figures are from."""
-    start, end = MARKS[0].format("[^ ]*"), MARKS[1]
+    """Fills the pair of marks that names this file; for a new file, the one of the form "benchmarks"."""
     text = readme.read_text(encoding="utf-8")
-    block = f"{MARKS[0].format(name)}\n{for_readme(results, name)}\n{end}"
-    changed, count = re.subn(f"{start}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"report: {readme} holds {count} pairs of benchmark marks, expected 1")
-    readme.write_text(changed, encoding="utf-8")
+    pairs = marked(text)
+    chosen = [m for m in pairs if m[2] == name] or [m for m in pairs if m[1] == "benchmarks"]
+    if len(chosen) != 1:
+        raise SystemExit(f"report: {readme} holds {len(chosen)} pairs of benchmark marks for {name}, expected 1")
+    pair = chosen[0]
+    block = f"{MARKS[0].format(pair[1], name)}\n{FORMS[pair[1]](results, name)}\n{MARKS[1]}"
+    readme.write_text(text[: pair.start()] + block + text[pair.end() :], encoding="utf-8")
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ HIVILT_INLINE Normal normal(Vec x) {
   return {where_ge(x, splat(0.0f), sub(splat(1.0f), tail), tail), bell};
 }
 
-// About 1 ulp: x + x^3 P(x^2) up to 1, P of degree 6 fitted for the least relative error (5e-9), and 1 - 2 / (e^(2x) + 1)
-// above, where an error of the quotient counts a quarter.
+// About 1 ulp: x + x^3 P(x^2) up to 1, P of degree 6 fitted for the least relative error (5e-9), and 1 - 2 / (e^(2x) +
+// 1) above, where an error of the quotient counts a quarter.
 HIVILT_INLINE Vec tanh(Vec x) {
   const Vec z = mul(x, x);
   Vec p = splat(-3.4973901347257197e-4f);
