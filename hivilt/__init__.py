@@ -1,7 +1,7 @@
 """Fast kernels for hierarchical vision-language transformers in PyTorch.
 
-    hivilt.ops          functions: topk_attention, topk_attention_varlen, topk_select, selected_attention
-    hivilt.nn           modules that replace torch's
+    hivilt.ops          functions: topk_attention, scale_fusion, token_pool, bank_retrieval and what belongs to them
+    hivilt.nn           modules that replace plain ones
     hivilt.distributed  a feature bank whose rows are spread over many processes
     hivilt.accelerate   swaps the modules of a model for those; hivilt.restore undoes it
     hivilt.reference    the same mathematics in plain PyTorch
