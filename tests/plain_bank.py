@@ -29,7 +29,7 @@ def integers(seed: int, *shape: int, most: int = 4) -> Tensor:
 def draw(seed: int, mixed: bool = True) -> dict:
     """A random call; ``mixed``: dtypes of query, keys and values of their own, else all float32."""
     r, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    B, M = r.choice((1, 2, 5, 31, 33, 64, 65, 97)), r.choice((1, 2, 11, 12, 13, 96, 97, 500, 1025, 2300))
+    B, M = r.choice((1, 2, 5, 31, 33, 64, 65, 97, 131)), r.choice((1, 2, 11, 12, 13, 96, 97, 500, 1025, 2300))
     C, E = r.choice((1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 40, 64, 65)), r.choice((1, 3, 8, 17, 33, 64))
     dtypes = (torch.float32, torch.float32, *HALVES) if mixed else (torch.float32,)
     x = {"query": torch.randn(B, C, generator=g).to(r.choice(dtypes)), "topk": r.choice((1, 2, 5, 16, 100, M, M + 3)),
