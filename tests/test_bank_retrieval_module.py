@@ -560,39 +560,35 @@ def test_ddp_of_one_process(tmp_path, kind):
 
 
 TWO_PROCESSES = """
-import datetime, torch, hivilt
+import datetime, os, sys, torch, hivilt
 from torch import nn
 
-def run(rank, store):
-    wait = datetime.timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=wait)
-    for keep in (True, False):
-        model = nn.Sequential(nn.Linear(2, 2), hivilt.nn.FeatureBank(4, 2))
-        wrapped = nn.parallel.DistributedDataParallel(hivilt.nn.keep_banks_local(model) if keep else model)
-        for step in range(2):
-            model[1].update(torch.full((1, 2), 1.0 + rank))
-            wrapped(torch.ones(1, 2)).sum().backward()
-        expected = 1.0 + rank if keep else 1.0  # what rank 0 holds overwrites all others
-        assert model[1].bank[:2].unique().tolist() == [expected], (keep, rank, model[1].bank)
-    torch.distributed.destroy_process_group()
+rank, store = int(sys.argv[1]), sys.argv[2]
+wait = datetime.timedelta(seconds=60)
+torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=wait)
+for keep in (True, False):
+    model = nn.Sequential(nn.Linear(2, 2), hivilt.nn.FeatureBank(4, 2))
+    wrapped = nn.parallel.DistributedDataParallel(hivilt.nn.keep_banks_local(model) if keep else model)
+    for step in range(2):
+        model[1].update(torch.full((1, 2), 1.0 + rank))
+        wrapped(torch.ones(1, 2)).sum().backward()
+    expected = 1.0 + rank if keep else 1.0  # what rank 0 holds overwrites all others
+    assert model[1].bank[:2].unique().tolist() == [expected], (keep, rank, model[1].bank)
+torch.distributed.barrier()
+os._exit(0)  # without the interpreter's farewell, in which threads of gloo's sometimes abort the process
 """
 
 
 def test_ddp_of_two_processes(tmp_path):
-    """Each keeps its bank; without keep_banks_local torch overwrites that of rank 1, which is a new process."""
-    store, space = str(tmp_path / "store"), {}
-    # Left without the interpreter's farewell, in which a thread of gloo's sometimes aborts the process.
-    command = [sys.executable, "-c", f"{TWO_PROCESSES}\nrun(1, {store!r})\nimport os\nos._exit(0)"]
-    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    """Each keeps its bank; without keep_banks_local torch overwrites that of rank 1."""
+    commands = [[sys.executable, "-c", TWO_PROCESSES, str(rank), str(tmp_path / "store")] for rank in (0, 1)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        exec(TWO_PROCESSES, space)
-        space["run"](0, store)
-        error = other.communicate(timeout=60)[1]
+        errors = [process.communicate(timeout=90)[1] for process in ranks]
     finally:
-        other.kill()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    assert other.returncode == 0, error
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], errors
 
 
 # Threads.
