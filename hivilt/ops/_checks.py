@@ -118,7 +118,7 @@ def check_packed(op: str, query: Any, key: Any, value: Any) -> None:
 
 def check_index(op: str, name: str, x: Any, expected: str = "an int") -> int:
     """Anything that counts as one whole number; no bool, no tensor."""
-    if isinstance(x, torch.SymInt):
+    if isinstance(x, int | torch.SymInt) and not isinstance(x, bool):  # a traced number has no attributes to ask for
         return x
     if isinstance(x, bool | Tensor) or not hasattr(x, "__index__"):
         refuse(TypeError, op, name, expected, x)
