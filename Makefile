@@ -28,7 +28,7 @@ demo: $(BUILD) ## the main job: swap a plain PyTorch model's layers and show spe
 	@$(BIN)/python -m hivilt.demo
 
 test: $(BUILD) ## all tests
-	@$(BIN)/pytest -q -n 2 --dist loadfile
+	@$(BIN)/pytest -q
 
 bench: $(BUILD) ## benchmarks -> JSON, table and plot under bench/results
 	@mkdir -p $(dir $(BENCH_JSON))

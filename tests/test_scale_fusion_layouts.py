@@ -52,7 +52,7 @@ def test_all_arguments_at_once(where):
     """Every argument in a different strange layout."""
     backend, device = where
     names = list(t.LAYOUTS)
-    for seed in range(40):
+    for seed in range(20):
         x = plain.Case(seed, torch.float32).inputs()
         strange = {
             n: t.relayout(v.to(device), names[(seed * 7 + 5 * i) % len(names)])
@@ -97,7 +97,7 @@ sys.path.insert(0, tests)
 import plain_scale_fusion as plain
 ops, count = hivilt.ops, 0
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for seed in range(200, 250):
+    for seed in range(200, 220):
         x = plain.Case(seed, dtype).inputs()
         named = {n: t.guarded(v, at).requires_grad_() for n, v in plain.leaves(x).items()}
         y = plain.replaced(x, named)
@@ -125,4 +125,4 @@ def test_nothing_is_read_outside_a_tensor(where, at):
         pytest.skip("guard pages are host memory")
     command = [sys.executable, "-X", "faulthandler", "-c", GUARDED, str(Path(__file__).parent), backend, at]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.stdout.strip() == "survived 150", f"exit {done.returncode}\n{done.stdout}{done.stderr[-3000:]}"
+    assert done.stdout.strip() == "survived 60", f"exit {done.returncode}\n{done.stdout}{done.stderr[-3000:]}"

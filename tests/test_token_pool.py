@@ -19,7 +19,7 @@ import hivilt.testing as t
 pytestmark = pytest.mark.operation("token_pool")
 op = hivilt.ops.token_pool
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CASES = 150  # random ones per dtype and backend
+CASES = 60  # random ones per dtype and backend
 ORDERS = [pools for n in (1, 2, 3) for pools in itertools.permutations(plain.POOLS, n)]
 
 
@@ -303,7 +303,7 @@ sys.path.insert(0, tests)
 import plain_token_pool as plain
 count = 0
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for seed in range(400, 450):
+    for seed in range(400, 420):
         x = plain.Case(seed, dtype).inputs()
         x = {n: t.guarded(v, at) if isinstance(v, torch.Tensor) else v for n, v in x.items()}
         named = {n: v.requires_grad_() for n, v in plain.leaves(x).items()}
@@ -322,7 +322,7 @@ def test_nothing_is_read_outside_a_tensor(where, at):
         pytest.skip("guard pages are host memory")
     command = [sys.executable, "-X", "faulthandler", "-c", GUARDED, str(Path(__file__).parent), backend, at]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.stdout.strip() == "survived 150", f"exit {done.returncode}\n{done.stdout}{done.stderr[-3000:]}"
+    assert done.stdout.strip() == "survived 60", f"exit {done.returncode}\n{done.stdout}{done.stderr[-3000:]}"
 
 
 # Autograd, compilers and transforms.
