@@ -65,6 +65,8 @@ class Session:
         self.rehearse, self.brief, self.scratch = rehearse, brief, scratch
         path = os.pathsep.join(filter(None, [str(ROOT / "bench"), os.environ.get("PYTHONPATH")]))
         self.environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        for name in [name for name in self.environment if name.startswith("PYTEST_")]:
+            del self.environment[name]  # of a pytest that this runs under
         self.environment.pop("TRITON_INTERPRET", None)
         self.environment.pop("REHEARSE", None)
         if rehearse:
