@@ -69,8 +69,9 @@ def accelerate(
 
     Args:
         model: any module; it may itself be a candidate.
-        topk: how many keys each query of an attention keeps; None is dense attention.  Also a mapping from module path,
-            or a function of (path, module), to that number; a path that the mapping leaves out stays dense.
+        topk: how many keys each query of a torch.nn.MultiheadAttention keeps; None is dense attention.  Also a mapping
+            from module path, or a function of (path, module), to that number; a path that the mapping leaves out stays
+            dense.  A hivilt.reference.modules.MultiheadAttention keeps the topk, axis and select it was built with.
         axis, select: as in hivilt.nn.MultiheadAttention.
         filter: function of (path, module); a false answer leaves the module alone.
 
@@ -116,7 +117,9 @@ def accelerate(
                 kept = topk(path, module)
             check_options(kept, axis, select, f"{NAME}: {path or 'the model itself'}")
             options = dict(zip(OPTIONS, (kept, axis, select), strict=True))
-            detail = "dense" if kept is None else f"topk={kept}, axis={axis!r}, select={select!r}"
+            detail = said_of(kept, axis, select)
+        elif kind is PLAIN_ATTENTION:
+            detail = said_of(module.topk, module.axis, module.select) + ", as it was built"
         if len(paths) > 1:
             detail += f", shared with {', '.join(paths[1:])}"
         report.replaced.append(Entry(path, name, None, detail))
@@ -139,7 +142,8 @@ def restore(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if MARK in module.__dict__:
             module.__class__ = module.__dict__.pop(MARK)
-            for name in (*OPTIONS, "_kept"):
+            # Other modules have options of these names of their own.
+            for name in OPTIONS if type(module) is nn.MultiheadAttention else ("_kept",):
                 module.__dict__.pop(name, None)
             restored.append(path)
     return restored
@@ -173,6 +177,10 @@ def changed_attention(module: nn.MultiheadAttention, select: str) -> str | None:
     return None
 
 
+def said_of(topk: int | None, axis: str, select: str) -> str:
+    return "dense" if topk is None else f"topk={topk}, axis={axis!r}, select={select!r}"
+
+
 def changed_pool(module: plain.AdaptiveGlobalPooling, select: str) -> str | None:
     return why_changed(attention_parts(module)) if "attention" in module.pool_types else None
 
@@ -200,7 +208,15 @@ ATTENTION = Kind(
     lambda module: twins.MultiheadAttention,
     "",  # the report says how many keys are kept
 )
+PLAIN_ATTENTION = Kind(
+    lambda module: isinstance(module, plain.MultiheadAttention) and not isinstance(module, twins.MultiheadAttention),
+    plain.MultiheadAttention,
+    lambda module, select: changed_attention(module, module.select),
+    lambda module: twins.MultiheadAttention,
+    "",  # the same
+)
 KINDS = (
+    PLAIN_ATTENTION,  # before ATTENTION, whose class it derives from
     ATTENTION,
     of_class(
         plain.CrossScaleFusion,
@@ -269,7 +285,7 @@ def notes(model: nn.Module, report: Report, plan: list[tuple[nn.Module, type, di
     if not report.replaced:
         nothing = "the model holds no torch.nn.MultiheadAttention and no other module that has a twin in hivilt.nn"
         return [] if report.skipped else [nothing]
-    if all(twin is not twins.MultiheadAttention for _, twin, _ in plan):
+    if not any("topk" in options for _, _, options in plan):  # no attention of torch's was swapped
         return []
     said = ["an accelerated attention returns weights only when need_weights=True is passed (torch's default is True)"]
     dense = {module for module, _, options in plan if options.get("topk", 0) is None}

@@ -5,6 +5,7 @@ from .bank_retrieval import FeatureBank, keep_banks_local
 from .progressive_fusion import CrossModalStage, ProgressiveFusion
 from .scale_fusion import AdaptiveFusion, CrossScaleFusion, HierarchicalPatchEmbedding
 from .token_pool import AdaptiveGlobalPooling
+from .topk_attention import MultiheadAttention
 
 __all__ = [
     "AdaptiveFusion",
@@ -13,6 +14,7 @@ __all__ = [
     "CrossScaleFusion",
     "FeatureBank",
     "HierarchicalPatchEmbedding",
+    "MultiheadAttention",
     "ProgressiveFusion",
     "keep_banks_local",
 ]

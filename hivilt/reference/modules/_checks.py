@@ -19,6 +19,8 @@ def refuse(kind: type[Exception], where: str, argument: str, expected: str, got:
 def describe(x: Any) -> str:
     """A short text about an argument, without the data of a tensor."""
     if isinstance(x, Tensor):
+        if x.is_nested:
+            return f"a nested {str(x.dtype)[6:]} tensor"
         return f"a {str(x.dtype)[6:]} tensor of shape {tuple(x.shape)}"
     if isinstance(x, str | bool | int | float) or x is None:
         return repr(x)
