@@ -40,9 +40,12 @@ class CrossScaleFusion(plain.CrossScaleFusion):
             return super()._fuse(features, grids)
         linear, norm, act, dropout = self.fusion
         layer = isinstance(norm, nn.LayerNorm)
+        weight = linear.weight
+        if len(features) < self.num_scales:  # scales that are left out are zeros, which their columns would meet
+            weight = weight[:, : sum(self.dims[: len(features)])]
         return scale_fusion(
             features,
-            linear.weight,
+            weight,
             linear.bias,
             grids=grids,
             norm="layer" if layer else "none",

@@ -47,6 +47,15 @@ def check_sizes(where: str, name: str, x: Any, count: int | None = None) -> tupl
     return tuple(check_size(where, f"{name}[{i}]", n) for i, n in enumerate(x))
 
 
+def check_active(where: str, x: Any, num_scales: int) -> int:
+    """How many scales a call is about: all by default, else the first ones."""
+    if x is None:
+        return num_scales
+    if check_size(where, "num_scales", x) > num_scales:
+        refuse(ValueError, where, "num_scales", f"at most {num_scales}, the scales of the module", x)
+    return x
+
+
 def check_dropout(where: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float):
         refuse(TypeError, where, "dropout", "a number from 0 to 1", x)

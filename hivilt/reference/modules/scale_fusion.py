@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import (
+    check_active,
     check_choice,
     check_dropout,
     check_grids,
@@ -150,18 +151,26 @@ class CrossScaleFusion(nn.Module):
             nn.Dropout(check_dropout(where, dropout)),
         )
 
-    def forward(self, scale_features: Sequence[Tensor], grid_sizes: Sequence[Sequence[int]] | None = None) -> Tensor:
+    def forward(
+        self,
+        scale_features: Sequence[Tensor],
+        grid_sizes: Sequence[Sequence[int]] | None = None,
+        *,
+        num_scales: int | None = None,
+    ) -> Tensor:
         """Tokens [B, N_s, C_s] of S scales to [B, N_0, C].
 
         Args:
             scale_features: S tensors; the first sets the grid of the result.
             grid_sizes: S tuples of 1, 2 or 3 sizes, each with N_s cells, any ratio between them; left out, every N_s
                 must be a square number.  Pass them wherever images may not be square.
+            num_scales: features and grids are those of the first so many scales only; the others count as zeros.
 
         Raises:
             ValueError, TypeError: features or grids that do not fit.
         """
-        features = check_scales("CrossScaleFusion", "scale_features", scale_features, self.dims)
+        count = check_active("CrossScaleFusion", num_scales, self.num_scales)
+        features = check_scales("CrossScaleFusion", "scale_features", scale_features, self.dims[:count])
         grids = check_grids("CrossScaleFusion", "grid_sizes", features, grid_sizes, "scale_features")
         return self._fuse(features, grids)
 
@@ -169,6 +178,8 @@ class CrossScaleFusion(nn.Module):
         aligned = [
             resize_tokens(x, grid, grids[0], self.align_corners) for x, grid in zip(features, grids, strict=True)
         ]
+        if missing := self.dims[len(features) :]:
+            aligned.append(features[0].new_zeros(()).expand(*features[0].shape[:2], sum(missing)))
         return self.fusion(torch.cat(aligned, -1))
 
 
