@@ -10,24 +10,19 @@
 namespace hivilt {
 namespace {
 
-struct Tap {
-  int64_t source;
-  float weight;
-};
-
-// What output o reads along an axis, ascending, without sources of weight 0.
-std::vector<Tap> taps_of(int64_t o, int64_t size, int64_t out_size, ResizeMode mode, bool align_corners) {
-  if (size == out_size) return {{o, 1.0f}};
+// visit(source, weight) for what output o reads along an axis, ascending, without sources of weight 0.
+template <class Visit>
+void taps_of(int64_t o, int64_t size, int64_t out_size, ResizeMode mode, bool align_corners, Visit visit) {
+  if (size == out_size) return visit(o, 1.0f);
   if (mode == ResizeMode::kArea) {
     const int64_t start = o * size / out_size, end = ((o + 1) * size + out_size - 1) / out_size;
-    std::vector<Tap> taps;
-    for (int64_t i = start; i < end; ++i) taps.push_back({i, 1.0f / static_cast<float>(end - start)});
-    return taps;
+    for (int64_t i = start; i < end; ++i) visit(i, 1.0f / static_cast<float>(end - start));
+    return;
   }
   const auto at = static_cast<float>(o);
   if (mode == ResizeMode::kNearest) {
     const float ratio = static_cast<float>(static_cast<double>(size) / static_cast<double>(out_size));
-    return {{std::min(static_cast<int64_t>(std::floor(at * ratio)), size - 1), 1.0f}};
+    return visit(std::min(static_cast<int64_t>(std::floor(at * ratio)), size - 1), 1.0f);
   }
   float x;
   if (align_corners) {
@@ -38,11 +33,9 @@ std::vector<Tap> taps_of(int64_t o, int64_t size, int64_t out_size, ResizeMode m
     x = std::max(0.0f, (at + 0.5f) * ratio - 0.5f);
   }
   const int64_t first = std::min(static_cast<int64_t>(x), size - 1);
-  const float part = std::min(1.0f, std::max(0.0f, x - static_cast<float>(first)));
-  if (first + 1 >= size) return {{first, 1.0f}};
-  if (part == 0.0f) return {{first, 1.0f}};
-  if (part == 1.0f) return {{first + 1, 1.0f}};
-  return {{first, 1.0f - part}, {first + 1, part}};
+  const float part = first + 1 < size ? std::min(1.0f, std::max(0.0f, x - static_cast<float>(first))) : 0.0f;
+  if (part < 1.0f) visit(first, 1.0f - part);
+  if (part > 0.0f) visit(first + 1, part);
 }
 
 }  // namespace
@@ -62,25 +55,27 @@ const AxisTaps& Interpolations::axis(int64_t size, int64_t out_size, bool transp
   auto& slot = tables_[{size, out_size, transposed}];
   if (slot) return slot->taps;
   slot = std::make_unique<Table>();
-  std::vector<std::vector<Tap>> rows(static_cast<size_t>(transposed ? size : out_size));
-  for (int64_t o = 0; o < out_size; ++o) {
-    const std::vector<Tap> taps = taps_of(o, size, out_size, mode_, align_corners_);
-    if (!transposed) {
-      rows[static_cast<size_t>(o)] = taps;
-    } else {
-      // Outputs that read one source are neighbours too: positions never fall.
-      for (const Tap& tap : taps) rows[static_cast<size_t>(tap.source)].push_back({o, tap.weight});
+  const auto rows = static_cast<size_t>(transposed ? size : out_size);
+  auto &start = slot->start, &count = slot->count;
+  start.assign(rows, 0);
+  count.assign(rows, 0);
+  // visit(row, neighbour, weight). What a row reads are neighbours the other way round too: positions never fall.
+  const auto all = [&](auto visit) {
+    for (int64_t o = 0; o < out_size; ++o) {
+      taps_of(o, size, out_size, mode_, align_corners_, [&](int64_t source, float weight) {
+        visit(static_cast<size_t>(transposed ? source : o), transposed ? o : source, weight);
+      });
     }
-  }
-  size_t width = 1;
-  for (const auto& row : rows) width = std::max(width, row.size());
-  slot->weight.assign(rows.size() * width, 0.0f);
-  for (size_t r = 0; r < rows.size(); ++r) {
-    slot->start.push_back(rows[r].empty() ? 0 : static_cast<int32_t>(rows[r][0].source));
-    slot->count.push_back(static_cast<int32_t>(rows[r].size()));
-    for (size_t t = 0; t < rows[r].size(); ++t) slot->weight[r * width + t] = rows[r][t].weight;
-  }
-  seal(*slot, static_cast<int64_t>(rows.size()), transposed ? out_size : size, static_cast<int64_t>(width));
+  };
+  all([&](size_t row, int64_t neighbour, float) {
+    if (count[row]++ == 0) start[row] = static_cast<int32_t>(neighbour);
+  });
+  const auto width = static_cast<size_t>(std::max(1, rows ? *std::max_element(count.begin(), count.end()) : 0));
+  slot->weight.assign(rows * width, 0.0f);
+  all([&](size_t row, int64_t neighbour, float weight) {
+    slot->weight[row * width + static_cast<size_t>(neighbour - start[row])] = weight;
+  });
+  seal(*slot, static_cast<int64_t>(rows), transposed ? out_size : size, static_cast<int64_t>(width));
   return slot->taps;
 }
 
