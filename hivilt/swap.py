@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import nn as twins
 from .nn._choice import MARK, PLAIN_TENSORS, Inner, why_changed
+from .nn.cross_modal_fusion import join_parts
 from .nn.scale_fusion import fusion_parts, projection_parts
 from .nn.segformer import fused_class, is_decode_head, why_not_converted
 from .nn.token_pool import attention_parts
@@ -185,6 +186,10 @@ def changed_pool(module: plain.AdaptiveGlobalPooling, select: str) -> str | None
     return why_changed(attention_parts(module)) if "attention" in module.pool_types else None
 
 
+def changed_join(module: plain.LocalFusionModule, select: str) -> str | None:
+    return why_changed(join_parts(module)) if module.apply_fusion else "without fusion there is nothing to do faster"
+
+
 def changed_patches(module: plain.HierarchicalPatchEmbedding, select: str) -> str | None:
     return "without a position table there is nothing to do faster" if module.pos_embed is None else None
 
@@ -234,6 +239,7 @@ KINDS = (
     of_class(
         plain.FeatureBank, twins.FeatureBank, lambda module, select: None, "bank_retrieval, bank_attention, bank_push_"
     ),
+    of_class(plain.LocalFusionModule, twins.LocalFusionModule, changed_join, "scale_fusion"),
     of_class(plain.ProgressiveFusion, twins.ProgressiveFusion, lambda module, select: None, "interpolate_add"),
     of_class(plain.HierarchicalPatchEmbedding, twins.HierarchicalPatchEmbedding, changed_patches, "interpolate_tokens"),
     Kind(
