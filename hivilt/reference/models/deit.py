@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._checks import check_size, check_tensor, refuse
+from ..modules._checks import check_dropout, check_size, check_tensor, refuse
 from ..modules._config import read_config
 from ..modules._hugging_face import check_class, find, share_block, without_memory
 from ..modules.vision_block import VisionBlock
@@ -81,7 +81,7 @@ class DeiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 2 + self.grid[0] * self.grid[1], dim))
         for token in (self.cls_token, self.dist_token, self.pos_embed):
             nn.init.trunc_normal_(token, std=0.02)
-        self.pos_drop = nn.Dropout(c.hidden_dropout_prob)
+        self.pos_drop = nn.Dropout(check_dropout(where, c.hidden_dropout_prob))
         rates = torch.linspace(0, c.drop_path_rate, c.num_hidden_layers, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             VisionBlock(

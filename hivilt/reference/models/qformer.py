@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._checks import check_choice, check_mask, check_size, check_tensor, refuse
+from ..modules._checks import check_choice, check_dropout, check_mask, check_size, check_tensor, refuse
 from ..modules._config import read_config
 from ..modules._hugging_face import check_class, without_memory
 from ..modules.qformer import QFormerLayer
@@ -127,7 +127,7 @@ class QFormer(nn.Module):
             count = check_size(where, "num_query_tokens", c.num_query_tokens)
             self.query_tokens = nn.Parameter(torch.randn(1, count, dim) * 0.02)
         self.layernorm = nn.LayerNorm(dim, c.layer_norm_eps)
-        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+        self.dropout = nn.Dropout(check_dropout(where, c.hidden_dropout_prob))
         self.encoder = nn.Module()
         self.encoder.layer = nn.ModuleList(
             self.layer(

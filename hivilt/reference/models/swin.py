@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._checks import check_size, check_sizes, check_tensor, refuse
+from ..modules._checks import check_dropout, check_size, check_sizes, check_tensor, refuse
 from ..modules._config import read_config
 from ..modules._hugging_face import check_class, find, share_block, without_memory
 from ..modules.window_attention import Pair, SwinBlock, check_pair
@@ -100,7 +100,7 @@ class SwinTransformer(nn.Module):
         if c.use_absolute_embeddings:
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], c.embed_dim))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        self.pos_drop = nn.Dropout(c.hidden_dropout_prob)
+        self.pos_drop = nn.Dropout(check_dropout(where, c.hidden_dropout_prob))
         rates = torch.linspace(0, c.drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.layers = nn.ModuleList(
             SwinStage(
