@@ -2,6 +2,7 @@
 constructor, same parameters, same state_dict."""
 
 from .deit import DeiT
+from .hivilt import HierarchicalViLTransformer
 from .hivit import HiViT, ProgressiveHiViT, hivit_base, hivit_large, hivit_small, hivit_tiny
 from .qformer import QFormer
 from .swin import SwinTransformer
@@ -10,6 +11,7 @@ from .vqa import VQAFusionModel
 __all__ = [
     "DeiT",
     "HiViT",
+    "HierarchicalViLTransformer",
     "ProgressiveHiViT",
     "QFormer",
     "SwinTransformer",
