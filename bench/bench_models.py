@@ -17,7 +17,7 @@ elif LIKE_GPU:
               HiViLT(B=32, image=224, patch=16, words=64, C=512, heads=8, layers=12, topk=16)]  # fmt: skip
 else:
     # In the first of each pair attention and fusion take most of the time, in the second the products around them do.
-    MODELS = [HiViT(B=4, image=112, patch=4, C=96, heads=6), HiViT(B=8, image=224, patch=16, C=192, heads=12),
+    MODELS = [HiViT(B=1, image=224, patch=4, C=96, heads=6), HiViT(B=8, image=224, patch=16, C=192, heads=12),
               HiViLT(B=4, image=224, patch=8, words=40, C=128, heads=4, layers=1),
               HiViLT(B=4, image=224, patch=8, words=40, C=128, heads=4, layers=1, topk=16)]  # fmt: skip
 SECONDS = {"inference": 2.5, "training step": 5.0}

@@ -23,7 +23,8 @@ ORDER = (
 )  # fmt: skip
 FLOORS = ("floor", "gemm", "copy")  # parts of an operation, or as many bytes
 # first words of titles
-FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval")
+FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval", "HiViT",
+            "HiViLT")  # fmt: skip
 MARKS = "<!-- {}: {} -->", "<!-- end of benchmarks -->"
 
 # What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
