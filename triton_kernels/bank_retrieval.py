@@ -339,8 +339,8 @@ def _search_all_kernel(
 ):  # fmt: skip
     """The topk best rows, in ascending order, of queries whose count is -1 (ALL: of every query).
 
-    lost [B]: set to 1 where any score is NaN.  scratch [programs, bank rows].  The bar is searched among the integers that
-    order like floats, bit by bit.
+    lost [B]: set to 1 where any score is NaN.  scratch [programs, bank rows].  The bar is searched among the integers
+    that order like floats, bit by bit.
     """
     limit = limit_of(rules)
     room = scratch + tl.program_id(0).to(tl.int64) * rules[1]

@@ -10,8 +10,8 @@ import torch
 
 
 class Tile(NamedTuple):
-    """rows: tokens (of a weight's gradient: its rows; of a bank: queries); cols: channels; inner: what is summed over in
-    one step."""
+    """rows: tokens (of a weight's gradient: its rows; of a bank: queries); cols: channels; inner: what is summed over
+    in one step."""
 
     rows: int
     cols: int

@@ -61,19 +61,21 @@ def bank_calls() -> Iterator[Bank]:
     wide = Bank(1024, 100_000, 256)
     for dtype in DTYPES:
         yield Bank(dtype=dtype)
-        yield replace(wide, dtype=dtype, rows_grad=True)
-    yield Bank(64, 10_000)
+        yield replace(wide, dtype=dtype, rows_grad=True, kernel="" if dtype == "bf16" else "_bank_rows")
+        yield replace(wide, dtype=dtype, kernel="_maxima")
+    yield Bank(64, 10_000, kernel="_maxima")
     yield from (replace(call, precision="fp32", kernel="_maxima") for call in (Bank(), wide))
     yield from (Bank(queries, kernel="_maxima") for queries in (1, 2, 8, 16, 32))
     # Larger groups; smaller ones; a bank of which every row is scored.
-    yield Bank(64, 1_000_000, 256)
-    yield from (Bank(rows=rows, topk=topk) for rows, topk in ((1_000_000, 10), (10_000, 200), (2_000, 100)))
+    yield from (Bank(rows=rows, topk=topk, kernel="_maxima") for rows, topk in ((1_000_000, 10), (10_000, 200)))
+    yield Bank(rows=2_000, kernel="_search_all")
     yield Bank(topk=1000, kernel="_candidates")
     for width in (64, 100, 768):
         yield Bank(width=width, kernel="_maxima")
-        yield replace(wide, width=width, dtype="bf16", kernel="_maxima")
         yield Bank(width=width, precision="fp32", kernel="_maxima")
-    yield Bank(dtype="bf16", query_dtype="fp32")
-    for call in (Bank(), wide, replace(wide, dtype="bf16"), Bank(4), Bank(rows=2_000)):
-        yield replace(call, mask=2, exclude=True, scale=True, values=64, rows_grad=True)
-        yield replace(call, mask=1, count=False)
+    yield Bank(dtype="bf16", query_dtype="fp32", kernel="_candidate")
+    given = replace(Bank(), mask=2, exclude=True, scale=True, values=64, rows_grad=True)
+    yield given
+    yield from (replace(given, queries=queries, kernel="_maxima") for queries in (1, 4))
+    yield replace(given, queries=1024, width=256, dtype="bf16", kernel="_maxima")
+    yield replace(given, mask=1, count=False, kernel="_maxima")
