@@ -435,6 +435,23 @@ def test_fullgraph_compile_in_training(cross_scale):
     torch.testing.assert_close(model.feature_bank.bank, twin.feature_bank.bank, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_half_types_autocast_and_no_images(name):
+    model, x = build(fast, **OPTIONS[name]), images(40, 52)
+    exact = model(x)["logits"]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x)["logits"]
+    half = copy.deepcopy(model).bfloat16()(x.bfloat16())["logits"]
+    of_plain = copy.deepcopy(build(plain, **OPTIONS[name])).bfloat16()(x.bfloat16())["logits"]
+    error = float((of_plain.float() - exact).abs().max())
+    assert mixed.dtype == half.dtype == torch.bfloat16
+    assert (
+        float((mixed.float() - exact).abs().max()) < 2 * error and float((half.float() - exact).abs().max()) < 2 * error
+    )
+    empty = model.train()(x[:0])
+    assert empty["logits"].shape == (0, 5) and int(model.feature_bank.filled) == 0
+
+
 # Sizes and arguments.
 
 

@@ -146,6 +146,9 @@ def test_every_scale_attends_to_itself(backend, name, masked):
         masks = [mask, *(cells(mask, grids[0], g) for g in grids[1:])]
         assert len(grids) < 3 or not all(m.all() for m in masks[1:])
         options = {"attention_mask": mask, "grid_sizes": grids}
+        listed = two(xs, attention_mask=masks)["scale_features"]
+        derived = two(xs, **options)["scale_features"]
+        assert all(torch.equal(a, b) for a, b in zip(listed, derived, strict=True))
     truth = Joined(copy.deepcopy(one).double())
     check(Joined(one), Joined(two), truth, xs, exact=lambda module, x: by_hand(module, x, masks), **options)
 
@@ -443,6 +446,7 @@ BAD = {
     "channels": (lambda: plain.MultiScaleAttention(C, H)([X[0], X[0], X[2]]), ValueError, r"features\[1\]: expected 8"),
     "flag": (lambda: plain.MultiScaleAttention(C, H)(X, 1), TypeError, "need_weights: expected a bool"),
     "mask": (lambda: plain.MultiScaleAttention(C, H)(X, False, torch.zeros(2, 16)), TypeError, "attention_mask"),
+    "mask-list": (lambda: plain.MultiScaleAttention(C, H)(X, False, [None]), ValueError, "attention_mask: expected 3"),
     "mask-shape": (
         lambda: plain.MultiScaleAttention(C, H)(X, False, torch.ones(2, 9).bool()), ValueError, "attention_mask",
     ),
