@@ -4,6 +4,7 @@ without padding."""
 import copy
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,6 +340,14 @@ def test_autocast(room):
         scale = float(value.detach().abs().max())
         assert float((out[name].float() - value).detach().abs().max()) < 0.06 * scale, name
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_recipe_of_the_documentation_learns():
+    """bf16 autocast, checkpointing and clipping, as docs/models.md has it."""
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8").split("## HiViLT")[1]
+    names = {}
+    exec(text.split("```python")[1].split("```")[0], names)
+    assert names["losses"][-1] < 0.8 * names["losses"][0] and all(map(math.isfinite, names["losses"]))
 
 
 def test_compiles_in_one_graph():
