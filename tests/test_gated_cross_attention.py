@@ -3,7 +3,7 @@
 import pytest
 import torch
 from multi_scale import as_exact
-from parity import check_twins, gradients_are_finite, results, twins
+from parity import check_twins, gradients_are_finite, kernels_at_any_size, results, twins  # noqa: F401
 from torch import nn
 
 import hivilt

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from parity import check_parity, randomise
+from parity import check_parity, kernels_at_any_size, randomise  # noqa: F401
 
 import hivilt
 from hivilt.reference import models as plain_models

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import check_twins, gradients_are_finite, randomise, results, twins
+from parity import check_twins, gradients_are_finite, kernels_at_any_size, randomise, results, twins  # noqa: F401
 from torch import nn
 
 import hivilt

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from parity import check_twins, gradients_are_finite, twins
+from parity import check_twins, gradients_are_finite, kernels_at_any_size, twins  # noqa: F401
 
 import hivilt
+from hivilt.nn import _heads
 from hivilt.reference import models as plain_models
 from hivilt.reference import modules as plain
 from hivilt.reference.modules.vision_block import DropPath
@@ -110,6 +111,20 @@ def test_self_attention_is_torchs():
     x = torch.randn(2, 7, 24)
     for module in (reference, ours):
         torch.testing.assert_close(module(x), torchs(x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_small_calls_are_torchs_own(monkeypatch):
+    """Unless a backend is asked for."""
+    monkeypatch.undo()
+    seen = []
+    kernel = _heads.dense_attention
+    monkeypatch.setattr(_heads, "dense_attention", lambda *a, **k: seen.append(a[0].shape[2]) or kernel(*a, **k))
+    module = hivilt.nn.SelfAttention(24, 3)
+    for tokens in (63, 64, 65):
+        module(torch.randn(1, tokens, 24))
+    with hivilt.use_backend("reference"):
+        module(torch.randn(1, 5, 24))
+    assert seen == [64, 65, 5]
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():

@@ -9,16 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._running import records
 from ..reference import modules as plain
 from ..reference.modules.window_attention import same_region
 
 
 class WindowAttention(plain.WindowAttention):
-    """The twin; without a gradient of the bias no T x T matrix of scores is in memory."""
+    """The twin; on the CPU it differs where no gradient is recorded: no T x T matrix of scores is in memory then."""
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None, dropout_p: float
     ) -> Tensor:
+        if q.is_cpu and records(q, k, v, bias):  # with a gradient of the bias torch writes the scores out as well
+            return super()._attend(q, k, v, bias, regions, dropout_p)
         B, windows = q.shape[:2]
         mask = bias.to(q.dtype)[None]
         if regions is not None:
