@@ -16,8 +16,9 @@ SHOWN = ("color of shape", "shape of color", "left of", "exists")
 
 def draw_words(model: nn.Module, encoder: nn.Module, path: Path, seed: int = 1) -> None:
     """A row for each of four questions: the image, then each word with its patches; a frame's width is their share."""
-    figure = Figure(figsize=(15, 1.75 * len(SHOWN)), layout="constrained", facecolor="white")
-    rows = figure.subplots(len(SHOWN), LONGEST + 1)
+    figure = Figure(figsize=(15, 1.75 * len(SHOWN)), facecolor="white")
+    space = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.91, "wspace": 0.06, "hspace": 0.22}
+    rows = figure.subplots(len(SHOWN), LONGEST + 1, gridspec_kw=space)
     for i, (kind, row) in enumerate(zip(SHOWN, rows, strict=True)):
         g = generator(seed, 10, i)
         scenes = make_scenes(16, g)
