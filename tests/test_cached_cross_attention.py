@@ -228,6 +228,8 @@ def test_changed_attentions_and_transforms_are_called_without_cache(room):
     mapped = torch.func.vmap(lambda q, k: module(q, k, k, "image"))(query[:, None], key[:, None])
     close(mapped[:, 0].double(), truth(module, query, key, key))
     assert module.cache == {}
+    module.to("meta")
+    assert module(*(x.to("meta") for x in (query, key, value)), "image").shape == query.shape and module.cache == {}
 
 
 def test_compiles_in_one_graph():

@@ -140,8 +140,8 @@ class CachedCrossAttention(nn.Module):
             return False
         if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn or not attn.batch_first:
             return False
-        parameters = [p for p in attn.parameters() if p is not None]
-        if any(p.is_inference() for p in parameters) or any(type(x) not in PLAIN_TENSORS for x in tensors):
+        parameters = list(attn.parameters())
+        if any(p.is_inference() for p in parameters) or any(type(x) not in PLAIN_TENSORS or x.is_meta for x in tensors):
             return False
         return not (torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *parameters)))
 
