@@ -1,5 +1,7 @@
 """Flamingo's gated cross-attention against a loop over tokens in float64: who reads which image, gates, padding."""
 
+import copy
+
 import pytest
 import torch
 from multi_scale import as_exact
@@ -182,6 +184,20 @@ def test_new_blocks_change_nothing_and_open_their_gates():
         assert torch.equal(out, x)
         out.square().sum().backward()
         assert float(module.attn_gate.grad.abs()) > 0 and float(module.ff_gate.grad.abs()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_and_autocast(dtype):
+    _, module = pair()
+    x, media = inputs()
+    exact = module(x, media, LOCATIONS).detach()
+    half = copy.deepcopy(module).to(dtype)
+    with torch.autocast("cpu", dtype):
+        mixed = module(x, media, LOCATIONS)
+    for out, trained in ((mixed, module), (half(x.to(dtype), media.to(dtype), LOCATIONS), half)):
+        assert (out.float() - exact).norm() < 8 * 2.0 ** (-8 if dtype == torch.bfloat16 else -11) * exact.norm()
+        out.float().sum().backward()
+        assert gradients_are_finite(trained)
 
 
 def test_names_are_open_flamingos():

@@ -44,6 +44,21 @@ def test_a_training_step(name, config):
     assert torch.equal(stacked(module, images), stacked(module, images))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name, config", [("DeiT", DEIT), ("SwinTransformer", SWIN)])
+def test_half_types_and_autocast(name, config, dtype):
+    """As near to float32 as a few roundings of the type; gradients finite."""
+    module, images = getattr(hivilt.models, name)(config).eval(), torch.randn(2, 3, 20, 20)
+    exact = stacked(module, images).detach()
+    half = copy.deepcopy(module).to(dtype)
+    with torch.autocast("cpu", dtype):
+        mixed = stacked(module, images)
+    for out, trained in ((mixed, module), (stacked(half, images.to(dtype)), half)):
+        assert (out.float() - exact).norm() < 8 * 2.0 ** (-8 if dtype == torch.bfloat16 else -11) * exact.norm()
+        out.float().sum().backward()
+        assert gradients_are_finite(trained)
+
+
 def test_images_are_independent():
     for module in (hivilt.models.DeiT(DEIT).eval(), hivilt.models.SwinTransformer(SWIN).eval()):
         images = torch.randn(3, 3, 16, 16)
