@@ -30,7 +30,7 @@ WAYS = {
     "stream": {"FEW": 10**9, "GROUPS": MIDDLE},
     "matrix": {"FEW": 0, "GROUPS": SMALL},
     "matrix, groups over tiles": {"FEW": 0, "GROUPS": LARGE},
-    "matrix, in chunks": {"FEW": 0, "GROUPS": MIDDLE, "MAXIMA_BYTES": 1, "LOW_BYTES": 1, "HELD": 0},
+    "matrix, in chunks": {"FEW": 0, "GROUPS": MIDDLE, "MAXIMA_BYTES": 1, "LOW_BYTES": 1, "HELD": (0, 0)},
     "every row": {"LEAST_RATIO": 10**9},
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import bank_retrieval as kernels
 from . import bank_retrieval_backward as backward_kernels
+from . import configs
 from . import launch as launching
 from .fusion_tiles import Tile, lookup, power
 
@@ -23,7 +24,8 @@ MAXIMA_BYTES = 32 << 20  # of the two best scores of every group, for as many qu
 LOW_BYTES = 64 << 20  # of bank rows rounded to bfloat16
 SCRATCH_BYTES = 32 << 20  # of scores, for queries that are searched through all rows; one row of scores at least
 FEW = 8  # queries up to which the bank is a stream
-HELD = 256  # channels up to which a program keeps its queries
+HELD = 256, 64  # channels up to which a program keeps its queries, with much and with little shared memory
+MUCH = 160_000  # bytes
 MOST = 1024  # topk from which on every row is scored exactly
 LEAST_RATIO = 32  # bank rows for each of topk, below which the same happens
 # (bank rows for each of topk, tiles, lanes): larger groups leave less to read in the second pass, but more of them have
@@ -117,7 +119,8 @@ class _Search:
     def __init__(self, query: Tensor, keys: Tensor, topk: int, plan: Plan, precision: str):
         self.plan, self.keys, self.exact = plan, keys, precision != "bf16" or plan.low is None
         M, C = keys.shape
-        self.multiprocessors = launching.part_of(query)[1]
+        part, self.multiprocessors = launching.part_of(query)
+        self.held = HELD[configs.limits(part).shared_bytes < MUCH]
         kernel, dtype = ("bank_stream", torch.float32) if plan.few else ("bank_maxima", plan.low or torch.float32)
         self.tile: Tile = lookup(kernel, dtype, C)
         self.tile = self.tile._replace(rows=min(self.tile.rows, 1 << (query.shape[0] - 1).bit_length()))
@@ -158,7 +161,7 @@ class _Search:
                 (_strided(query), _strided(self.low), rules, self.norms if plan.few else None, found,
                  self.groups, first, last, per_program, blocks),
                 tile.warps, tile.stages, WIDTH=C, BLOCK_R=tile.rows, BLOCK_D=min(tile.inner, power(C)),
-                TILES=plan.tiles, LANES=plan.lanes, FEW=plan.few, HELD=plan.low is not None and C <= HELD,
+                TILES=plan.tiles, LANES=plan.lanes, FEW=plan.few, HELD=plan.low is not None and C <= self.held,
             )  # fmt: skip
         return found
 
