@@ -285,9 +285,22 @@ def _candidates_kernel(
 
 
 @triton.jit
+def sum_of(x, AXIS: tl.constexpr, HALVINGS: tl.constexpr):
+    """The sum of a matrix over an axis of 2^HALVINGS elements: halves are added, so that its order is that of the axis,
+    not that of a layout, which the strides of a tensor decide."""
+    for _ in tl.static_range(HALVINGS):
+        if AXIS == 0:
+            x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), 0)
+        else:
+            x = tl.sum(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
+    return tl.sum(x, AXIS)
+
+
+@triton.jit
 def exact_scores(query, keys, rows, ok, WIDTH: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
-    """fp32 <query, row> [L]: BLOCK_D chains of fused multiply-adds, then their sum.  The one definition of a score:
-    every kernel has the same tile and as many warps, so that its bits are the same everywhere."""
+    """fp32 <query, row> [L]: 64 chains of fused multiply-adds, then their sum.  The one definition of a score: its bits
+    are the same everywhere."""
+    tl.static_assert(BLOCK_D == 64)
     total = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -295,7 +308,7 @@ def exact_scores(query, keys, rows, ok, WIDTH: tl.constexpr, BLOCK_L: tl.constex
         at = rows.to(tl.int64)[:, None] * keys[1] + d[None, :]
         y = wide(tl.load(keys[0] + at, mask=ok[:, None] & (d < WIDTH)[None, :], other=0.0))
         total = tl.fma(tl.broadcast_to(x[None, :], total.shape), y, total)
-    return tl.sum(total, 1)
+    return sum_of(total, 1, 6)
 
 
 @triton.jit
@@ -461,7 +474,7 @@ def _weigh_rows_kernel(
     factor = scale_of(scale)
     base, norm = softmax_bounds(scores + kept, indices + kept, topk, factor, BLOCK_L)
     e = first + tl.arange(0, BLOCK_E)
-    total = tl.zeros([BLOCK_E], tl.float32)
+    total = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
     for start in range(0, topk, BLOCK_L):
         t = start + tl.arange(0, BLOCK_L)
         row = tl.load(indices + kept + t, mask=t < topk, other=-1)
@@ -470,8 +483,10 @@ def _weigh_rows_kernel(
         share = tl.where(listed, tl.exp(logit - base) / norm, 0.0)
         inside = (t < topk)[:, None] & (e < WIDTH)[None, :]
         v = tl.load(values[0] + tl.maximum(row, 0)[:, None] * values[1] + e[None, :], mask=inside, other=0.0)
-        total += tl.sum(tl.where(listed[:, None], share[:, None] * wide(v), 0.0), 0)
+        weight = tl.broadcast_to(share[:, None], total.shape)
+        total = tl.where(listed[:, None], tl.fma(weight, wide(v), total), total)
         if copies is not None:
             tl.store(copies + (kept + t)[:, None] * WIDTH + e[None, :], v, mask=inside)
     to = b.to(tl.int64) * WIDTH + e
-    tl.store(out + to, narrow(total, out.dtype.element_ty), mask=e < WIDTH)
+    tl.static_assert(BLOCK_L == 16)
+    tl.store(out + to, narrow(sum_of(total, 0, 4), out.dtype.element_ty), mask=e < WIDTH)
