@@ -11,11 +11,14 @@ import torch
 SEEDS = (0, 1, 2)
 
 
-def options(about: str) -> argparse.Namespace:
-    """``--out`` and ``--quick``; also one thread for torch: with small tensors more of them mostly wait."""
+def options(about: str, **more: str) -> argparse.Namespace:
+    """``--out``, ``--quick`` and further flags with their help.  Also sets torch to one thread: with tensors as small
+    as these more of them mostly wait."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the pictures")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that everything runs")
+    for name, what in more.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
     found = parser.parse_args()
     found.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

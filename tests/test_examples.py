@@ -12,11 +12,12 @@ for package in ("matplotlib", "tqdm"):
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 DEMOS = {
-    "shapes_vqa": ("words keep 4", "keep 1 of 16", "hierarchical"),
+    "shapes_vqa": ("words keep 4", "keep 4 from half-time", "keep 1 of 16", "hierarchical"),
     "moving_bank": ("no bank", "topk=64", "all rows (dense)"),
     "caption_retrieval": ("batches of 16",),
     "caption_cache": ("projected again every step", "projected once, then cached"),
 }
+FLAGS = {"shapes_vqa": ("--all",)}
 PICTURES = ("shapes_vqa", "moving_bank")
 
 
@@ -26,7 +27,7 @@ def test_every_demo_is_tested():
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_demo_runs(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(tmp_path), *FLAGS.get(name, ())])
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,3 +370,17 @@ def test_without_its_packages_the_error_says_what_to_install(tmp_path, monkeypat
     for command, argument in ((train, config_file(tmp_path)), (predict, tmp_path / "x")):
         with pytest.raises(SystemExit, match=r"needs safetensors: pip install 'hivilt\[train\]'"):
             command([str(argument)])
+
+
+def test_the_example_shows_the_defaults():
+    """All but topk: the file stands in the documentation's commands."""
+    path = Path(__file__).resolve().parent.parent / "examples" / "shapes.toml"
+    found = load(path).as_dict()
+    assert found["model"].pop("topk") == 4
+    default = from_dict({}, "x").as_dict()
+    del default["model"]["topk"]
+    assert found == default
+    written = [line.split(" = ")[0] for line in path.read_text().splitlines() if " = " in line]
+    assert sorted(written) == sorted(
+        ["topk", *(key for x in default.values() if isinstance(x, dict) for key in x), "seed", "output"]
+    )
