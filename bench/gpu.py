@@ -1,4 +1,4 @@
-"""python bench/gpu.py [--rehearse]: everything that needs a GPU, in eight minutes; ``make gpu`` sets up and calls it.
+"""python bench/gpu.py [--rehearse]: everything that needs a GPU, in ten minutes; ``make gpu`` sets up and calls it.
 
 Builds, holds the kernels against the oracle, runs tests/test_gpu.py, compute-sanitizer and the benchmarks.  No step
 stops another, each gets its share of the time that is left.  One JSON file holds the machine, the steps and the
@@ -28,9 +28,18 @@ import report
 from record import Counts, read
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 480
+SECONDS = 600
 FAMILY = "tests/test_topk_attention"
 PARITY = [f"{FAMILY}{part}.py" for part in ("", "_masks", "_special", "_varlen", "_select", "_order")]
+PARITY += [f"tests/test_scale_fusion{part}.py" for part in ("", "_interpolate", "_dropout", "_special", "_autograd")]
+PARITY += ["tests/test_token_pool.py"]
+PARITY += [f"tests/test_bank_retrieval{part}.py" for part in ("", "_exact", "_autograd")]
+# Of every family, and of a rehearsal's least the one race that is run.
+RACES = {
+    "topk_attention": "bench_topk_attention_forward and not backward and Q19",
+    "scale_fusion": "bench_scale_fusion_inference", "token_pool": "inference",
+    "bank_retrieval": "bench_bank_retrieval_forward and not backward",
+}  # fmt: skip
 SMALLEST = [sys.executable, "bench/gpu_calls.py"]
 CALL_DTYPES = "float32", "bfloat16"
 WARM_UP_JOBS = 3 + len(CALL_DTYPES)
@@ -150,7 +159,9 @@ def parity(session: Session, limit: float) -> Outcome:
     only, seconds = ("triton-cpu", 2) if session.rehearse else ("triton-cuda", 30)
     files, only = (PARITY[:1], f"{only} and by_hand") if session.brief else (PARITY, only)
     arguments = [*files, "-k", only, "--interpret-all", "--breadth-first", "--case-seconds", str(seconds)]
-    benchmarks = ["bench/bench_topk_attention.py", "--benchmark-only", "--warm-up", *only_one_race(session)]
+    benchmarks = ["--benchmark-only", "--warm-up", *only_one_race(session, "topk_attention")]
+    names = list(RACES)[:1] if session.brief else RACES
+    benchmarks = [*(f"bench/bench_{name}.py" for name in names), *benchmarks]
     jobs, parts = session.jobs(most=12), 1 if session.rehearse else WARM_UP_JOBS - len(CALL_DTYPES)
     with ThreadPoolExecutor(1 if session.rehearse else jobs + WARM_UP_JOBS) as pool:
         for part in range(1, parts + 1):
@@ -189,16 +200,21 @@ def memory_checker(session: Session, limit: float) -> Outcome:
     return Outcome("skipped" if done.status else "cut short", why=done.tail())
 
 
-def benchmarks(session: Session, limit: float) -> Outcome:
-    return benchmark(session, "bench/bench_topk_attention.py", limit, *only_one_race(session))
+def races(name: str) -> Callable[[Session, float], Outcome]:
+    """The step that runs the benchmarks of a family."""
+
+    def step(session: Session, limit: float) -> Outcome:
+        return benchmark(session, f"bench/bench_{name}.py", limit, *only_one_race(session, name))
+
+    return step
 
 
 def overhead(session: Session, limit: float) -> Outcome:
     return benchmark(session, "bench/bench_overhead.py", limit, *(["-k", "no-grad-mul"] if session.brief else []))
 
 
-def only_one_race(session: Session) -> list[str]:
-    return ["-k", "bench_topk_attention_forward and not backward and Q19"] if session.brief else []
+def only_one_race(session: Session, name: str) -> list[str]:
+    return ["-k", RACES[name]] if session.brief else []
 
 
 def benchmark(session: Session, path: str, limit: float, *more: str) -> Outcome:
@@ -215,7 +231,10 @@ STEPS: dict[str, tuple[Callable[[Session, float], Outcome], int, bool]] = {
     "parity": (parity, 140, True),
     "tests": (gpu_tests, 100, True),
     "memcheck": (memory_checker, 50, True),
-    "benchmarks": (benchmarks, 140, False),
+    "benchmarks": (races("topk_attention"), 140, False),
+    "scale_fusion": (races("scale_fusion"), 60, False),
+    "token_pool": (races("token_pool"), 20, False),
+    "bank_retrieval": (races("bank_retrieval"), 60, False),
     "overhead": (overhead, 35, False),
 }
 
@@ -248,7 +267,7 @@ def describe(session: Session) -> dict:
 
 def collect(session: Session, outcomes: dict[str, Outcome]) -> dict:
     """What pytest-benchmark wrote, as one file, and what it knows nothing of."""
-    files = [session.scratch / f"bench_{name}.json" for name in ("topk_attention", "overhead")]
+    files = [session.scratch / f"bench_{name}.json" for name in (*RACES, "overhead")]
     written = [json.loads(file.read_text()) for file in files if file.exists() and file.stat().st_size]
     first = written[0] if written else {
         "machine_info": {"hivilt": session.machine}, "commit_info": {}, "benchmarks": [],

@@ -6,6 +6,8 @@ Fails when a kernel of the package was not started.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -48,14 +50,55 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, dict]]:
     lists = torch.tensor([[0, 3, -1]], device=DEVICE).expand(2, 4, 5, 3)
     yield "given lists", ops.selected_attention, x | {"indices": lists}
 
+    yield from fusion_calls(dtype)
+    yield from bank_calls(dtype)
+
+
+def draw(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes]
+
+
+def fusion_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, dict]]:
+    """Of family B; the second width is beyond what one program holds."""
+    for width in (16, 1040):
+        fine, coarse, weight, bias = draw(dtype, (1, 12, 8), (1, 4, 4), (width, 12), (width,))
+        x = {"features": [fine, coarse], "weight": weight, "bias": bias, "grids": [(3, 4), (2, 2)]}
+        yield f"scales to {width} channels", ops.scale_fusion, x | {"impl": "epilogue"}
+        tokens, proj, score = draw(dtype, (1, 9, width), (5, width), (1, 5))
+        zeros, one, mix = proj.new_zeros(5), score.new_zeros(1), torch.zeros(3, device=DEVICE)
+        layer = {"proj_weight": proj, "proj_bias": zeros, "score_weight": score, "score_bias": one}
+        yield f"a pool of {width} channels", ops.token_pool, {"features": tokens, "pool_weights": mix} | layer
+    x, y = draw(dtype, (1, 9, 3), (1, 4, 3))
+    yield "an interpolated sequence", ops.interpolate_add, {"x": x, "y": y, "scale": torch.ones((), device=DEVICE)}
+
+
+def bank_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, dict]]:
+    """Of family C."""
+    for what, B, M, topk in (("a stream", 2, 150, 3), ("a tile", 9, 150, 3), ("every row", 2, 40, 3)):
+        query, keys = draw(dtype, (B, 20), (M, 20))
+        yield f"a bank, {what}", ops.bank_retrieval, {"query": query, "keys": keys, "topk": topk}
+    query, keys = draw(dtype, (9, 20), (150, 20))
+    equal = {"query": query, "keys": keys[:1].expand(150, -1), "topk": 3, "count": 140}
+    yield "a bank of equal rows", ops.bank_retrieval, equal
+
+
+WITH_GRADIENTS = ("query", "key", "value", "keys", "features", "weight", "bias", "x", "y", "scale", "proj_weight",
+                  "proj_bias", "score_weight", "score_bias", "pool_weights")  # fmt: skip
+
 
 def run(op: Any, arguments: dict) -> list[torch.Tensor]:
     """Output and gradients, once the device has written them."""
     arguments = dict(arguments)
-    for name in ("query", "key", "value"):
-        arguments[name] = arguments[name].detach().requires_grad_()
-    leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    for name in WITH_GRADIENTS:
+        if isinstance(arguments.get(name), torch.Tensor):
+            arguments[name] = arguments[name].detach().requires_grad_()
+        elif name in arguments:
+            arguments[name] = [t.detach().requires_grad_() for t in arguments[name]]
+    given = [t for x in arguments.values() for t in (x if isinstance(x, list) else [x])]
+    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
     out = op(**arguments, backend="triton")
+    out = out[0] if isinstance(out, tuple) else out
     results = [out.detach(), *torch.autograd.grad(out.float().sum(), leaves)]
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -63,7 +106,8 @@ def run(op: Any, arguments: dict) -> list[torch.Tensor]:
 
 
 def main() -> int:
-    from hivilt.triton_kernels import launch, topk_attention_backward_launch, topk_attention_launch
+    from hivilt import triton_kernels
+    from hivilt.triton_kernels import launch
 
     started, starts = set(), launch.launch
 
@@ -79,8 +123,11 @@ def main() -> int:
             print(f"{str(dtype)[6:]:<9} {what}" + (": NaN or infinity" if any(bad) else ""), flush=True)
             if any(bad):
                 return 1
-    names = {**vars(topk_attention_launch), **vars(topk_attention_backward_launch)}
-    every = {name for name in names if name.endswith("_kernel")}
+    rooms = [
+        importlib.import_module(f"hivilt.triton_kernels.{m.name}")
+        for m in pkgutil.iter_modules(triton_kernels.__path__)
+    ]
+    every = {name for room in rooms for name in vars(room) if name.startswith("_") and name.endswith("_kernel")}
     print(f"{len(started)} of {len(every)} kernels; never started: {', '.join(sorted(every - started)) or 'none'}")
     return int(started != every)
 

@@ -34,6 +34,18 @@ TARGETS = (
 )
 
 
+# Of retrieval from a bank, in float32: shapes (B, M, C), and times faster than torch's product and topk (of 100).
+BANK_SHAPES = (256, 100_000, 192), (1024, 100_000, 256)
+BANK_REHEARSAL = ((2, 300, 8),)
+BANK_LEAST = 8
+
+
+def bank_names(machine: dict[str, Any]) -> list[str]:
+    """The shapes of a bank as they stand in the titles of races."""
+    shapes, topk = (BANK_REHEARSAL, 5) if machine.get("rehearsal") else (BANK_SHAPES, 100)
+    return ["B{}-M{}-C{}-top{}".format(*sizes, topk) for sizes in shapes]
+
+
 def name(sizes: tuple[int, ...]) -> str:
     """The shape as it stands in the title of a race."""
     return "B{}-H{}-Q{}-N{}-D{}-top{}".format(*sizes)
@@ -59,4 +71,12 @@ def rows(results: Any, ms: Any, spread: Any) -> list[list[str]]:
     reached = "not measured" if extra is None else "yes" if extra < MOST_MB else "no"
     measured = "-" if extra is None else f"{extra:.1f}"
     what = "forward: MB of memory beyond inputs and result"
-    return [*found, [what, shapes["large"], "-", measured, f"below {MOST_MB}", reached]]
+    found.append([what, shapes["large"], "-", measured, f"below {MOST_MB}", reached])
+    for shape in bank_names(results.machine):
+        group = f"bank_retrieval forward {shape}-fp32-{results.device}"
+        quartiles = results.fact(group, "hivilt", "ratio_vs_eager")
+        reached = "not measured" if quartiles is None else "yes" if quartiles["median"] >= BANK_LEAST else "no"
+        time = f"{ms(results.median(group, 'hivilt'))} ms"
+        what = "bank_retrieval forward: times faster than eager"
+        found.append([what, shape, time, spread(quartiles), f"{BANK_LEAST:g}", reached])
+    return found

@@ -23,7 +23,8 @@ ORDER = (
 )  # fmt: skip
 FLOORS = ("floor", "gemm", "copy")  # parts of an operation, or as many bytes
 # first words of titles
-FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval")
+FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval", "HiViT",
+            "HiViLT")  # fmt: skip
 MARKS = "<!-- {}: {} -->", "<!-- end of benchmarks -->"
 
 # What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
@@ -187,7 +188,7 @@ def targets(results: Results) -> str:
         ratio = results.fact(group, "hivilt", "ratio_vs_eager")
         what, shape = title.rsplit(" ", 1)
         row(f"{what}: times faster than eager", shape, results.median(group, "hivilt"), ratio, goal, False)
-    for direction, ours, rival, goals in BANK_TARGETS:
+    for direction, ours, rival, goals in () if results.like_gpu else BANK_TARGETS:  # a GPU has goals of its own
         for shape, goal in zip(BANK_SHAPES, goals, strict=True):
             group = f"bank_retrieval {direction} {shape}-fp32-{results.device}"
             who = {"faiss": "FAISS", "faiss_blas": "FAISS with BLAS"}.get(rival, rival)

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import nn as twins
 from .nn._choice import MARK, PLAIN_TENSORS, Inner, why_changed
+from .nn.cross_modal_fusion import join_parts
 from .nn.scale_fusion import fusion_parts, projection_parts
 from .nn.segformer import fused_class, is_decode_head, why_not_converted
 from .nn.token_pool import attention_parts
@@ -185,8 +186,16 @@ def changed_pool(module: plain.AdaptiveGlobalPooling, select: str) -> str | None
     return why_changed(attention_parts(module)) if "attention" in module.pool_types else None
 
 
+def changed_join(module: plain.LocalFusionModule, select: str) -> str | None:
+    return why_changed(join_parts(module)) if module.apply_fusion else "without fusion there is nothing to do faster"
+
+
 def changed_patches(module: plain.HierarchicalPatchEmbedding, select: str) -> str | None:
     return "without a position table there is nothing to do faster" if module.pos_embed is None else None
+
+
+def changed_scales(module: plain.MultiScaleAttention, select: str) -> str | None:
+    return "compat='seed' returns probabilities, which no kernel writes" if module.compat == "seed" else None
 
 
 def of_class(
@@ -196,6 +205,29 @@ def of_class(
     detail: str = "",
 ) -> Kind:
     return Kind(lambda module: isinstance(module, cls), cls, changed, lambda module: twin, detail)
+
+
+# Classes of transformers that have no twin by their own class, and what takes their place.
+TAKEN_BY_NAME = {
+    "Blip2QFormerModel": "hivilt.models.QFormer.from_hf(module)",
+    "SwinModel": "hivilt.models.SwinTransformer.from_hf(module)",
+    "DeiTForImageClassificationWithTeacher": "hivilt.models.DeiT.from_hf(module)",
+    "IdeficsGatedCrossAttentionLayer": "hivilt.nn.GatedCrossAttentionBlock.from_hf(module)",
+    "IdeficsPerceiverResampler": "hivilt.nn.PerceiverResampler.from_hf(module)",
+}
+
+
+def hugging_face_class(module: nn.Module) -> str | None:
+    """The name of a class of transformers; nothing is imported to find out."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("transformers.") else None
+
+
+def how_to_take(name: str) -> str:
+    said = f"called otherwise than its twin; {TAKEN_BY_NAME[name]} shares its parameters"
+    if name == "IdeficsPerceiverResampler":  # it does not ask for its attention by name
+        return said
+    return f"{said}, and hivilt.integrations.hf.register() offers the attention 'hivilt' to the model as it is"
 
 
 ATTENTION = Kind(
@@ -234,8 +266,41 @@ KINDS = (
     of_class(
         plain.FeatureBank, twins.FeatureBank, lambda module, select: None, "bank_retrieval, bank_attention, bank_push_"
     ),
+    of_class(plain.MultiScaleAttention, twins.MultiScaleAttention, changed_scales, "topk_attention where it pays"),
+    of_class(
+        plain.CrossScaleAttention,
+        twins.CrossScaleAttention,
+        lambda module, select: None,
+        "topk_attention where it pays",
+    ),
+    of_class(
+        plain.FlashMultiScaleAttention,
+        twins.FlashMultiScaleAttention,
+        lambda module, select: None,
+        "topk_attention where it pays",
+    ),
+    of_class(plain.ScaleExtraction, twins.ScaleExtraction, lambda module, select: None, "interpolate_tokens"),
+    of_class(plain.LocalFusionModule, twins.LocalFusionModule, changed_join, "scale_fusion"),
     of_class(plain.ProgressiveFusion, twins.ProgressiveFusion, lambda module, select: None, "interpolate_add"),
+    of_class(plain.MaskedMeanPool, twins.MaskedMeanPool, lambda module, select: None, "token_pool"),
     of_class(plain.HierarchicalPatchEmbedding, twins.HierarchicalPatchEmbedding, changed_patches, "interpolate_tokens"),
+    *(
+        of_class(getattr(plain, name), getattr(twins, name), lambda module, select: None, detail)
+        for name, detail in (
+            ("MaskedCrossAttention", "topk_attention, topk_attention_varlen"),
+            ("PerceiverAttention", "topk_attention"),
+            ("QFormerMultiHeadAttention", "topk_attention"),
+            ("SelfAttention", "topk_attention"),
+            ("WindowAttention", "torch's scaled_dot_product_attention"),
+        )
+    ),
+    Kind(
+        lambda module: hugging_face_class(module) in TAKEN_BY_NAME,
+        None,
+        lambda module, select: how_to_take(hugging_face_class(module)),
+        type,
+        "",
+    ),
     Kind(
         is_decode_head,
         None,

@@ -57,13 +57,19 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "operation(name): `where` skips backends without kernels of this one")
+    config.addinivalue_line("markers", "operation(name): `where` leaves out backends without kernels of this one")
     config.addinivalue_line("markers", "interpreted: small enough to go through Triton's interpreter in every test run")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Through the interpreter, where a small call takes a second, go malformed calls, one case of each test of masks
-    and of lists, and what is marked; test_triton_kernels.py walks through every kernel at sizes made for it."""
+    """Leaves out backends without kernels of the operation that a test is about.
+
+    Through the interpreter, where a small call takes a second, go malformed calls, one case of each test of masks and
+    of lists (not of banks, which are long), and what is marked; test_triton_*.py walk through every kernel at sizes
+    made for it.
+    """
+    absent = {id(item) for item in items if why_absent(item)}
+    deselect(config, items, absent)
     if not INTERPRETED or config.getoption("--interpret-all"):
         return
     groups: dict[str, list] = {}
@@ -73,10 +79,24 @@ def pytest_collection_modifyitems(config, items):
     dropped = set()
     for name, group in groups.items():
         if "errors" not in name and not group[0].get_closest_marker("interpreted"):
-            kept = group[len(group) // 2] if "masks" in name or "select" in name else None
+            one = ("masks" in name or "select" in name) and "bank" not in name
+            kept = group[len(group) // 2] if one else None
             dropped.update(id(item) for item in group if item is not kept)
-    config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
-    items[:] = [item for item in items if id(item) not in dropped]
+    deselect(config, items, dropped)
+
+
+def why_absent(item) -> str | None:
+    """Why the backend of a test has no kernels of its operation."""
+    mark, parameters = item.get_closest_marker("operation"), getattr(item, "callspec", None)
+    where = parameters.params.get("where") if parameters else None
+    return verdict(*where, mark.args[0]) if mark and where else None
+
+
+def deselect(config, items: list, dropped: set[int]) -> None:
+    gone = [item for item in items if id(item) in dropped]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if id(item) not in dropped]
 
 
 VERDICTS = {(name, device): verdict(name, device) for name in NAMES for device in DEVICES}
@@ -86,10 +106,6 @@ RUNNING = [where for where, reason in VERDICTS.items() if reason is None]
 @pytest.fixture(params=RUNNING, ids=["-".join(dict.fromkeys(where)) for where in RUNNING])
 def where(request) -> tuple[str, str]:
     """A backend that can run here and the device it runs on; one with kernels of the operation that a mark names."""
-    mark = request.node.get_closest_marker("operation")
-    reason = verdict(*request.param, mark.args[0]) if mark else None
-    if reason:
-        pytest.skip(reason)
     return request.param
 
 

@@ -517,7 +517,7 @@ def test_report_holds_a_gpu_against_its_own_targets(results, ratio, verdict):
     bench["extra_info"]["left_out"] = {"cudnn": "RuntimeError: no kernel"}
     found.groups[group] = {"hivilt": bench}
     rows = [[cell.strip() for cell in row.split("|")] for row in report.targets(found).splitlines()[2:]]
-    assert len(rows) == len(gpu_targets.TARGETS) + 1
+    assert len(rows) == len(gpu_targets.TARGETS) + 1 + len(gpu_targets.BANK_SHAPES)
     assert [row[-2] for row in rows if row[5] == "20"] == [verdict]
     text = report.compose(found, None)
     assert "big bfloat16 matrices" in text and "RuntimeError: no kernel" in text

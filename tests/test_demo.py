@@ -63,6 +63,10 @@ def test_a_whole_run(tmp_path):
 
     image = Image.open(picture)
     assert image.width > 1000 and image.convert("L").resize((60, 20)).entropy() > 5
+    picture = tmp_path / "shapes_vqa.png"
+    assert str(picture) in text and re.search(r"^  left of +\d+\.\d%$", text, re.M)
+    image = Image.open(picture)
+    assert image.width > 1000 and image.convert("L").resize((60, 20)).entropy() > 3
 
 
 def test_equal_models_pass_and_others_are_refused():

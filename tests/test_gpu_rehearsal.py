@@ -27,14 +27,15 @@ def test_rehearsal(tmp_path):
     path = tmp_path / "rehearsal.json"
     command = [sys.executable, gpu.__file__, "--rehearse", "--brief", "--without", "build", "--out", str(path)]
     environment = os.environ | {"TMPDIR": str(tmp_path)}  # where it leaves its logs
-    command += ["--seconds", "200"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    command += ["--seconds", "400"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=460, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     data = json.loads(path.read_text())
     steps = data["gpu"]["steps"]
     assert list(steps) == [name for name in gpu.STEPS if name != "build"]
     assert {name: step["outcome"] for name, step in steps.items()} == {
-        "parity": "passed", "tests": "passed", "memcheck": "skipped", "benchmarks": "passed", "overhead": "passed",
+        "parity": "passed", "tests": "passed", "memcheck": "skipped", "benchmarks": "passed", "scale_fusion": "passed",
+        "token_pool": "passed", "bank_retrieval": "passed", "overhead": "passed",
     }, done.stdout  # fmt: skip
     assert steps["parity"]["counts"]["passed"] > 0 and steps["tests"]["counts"]["passed"] > 1
     assert "never started: none" in steps["memcheck"]["why"][0]  # compute-sanitizer would see every kernel
@@ -57,6 +58,11 @@ def test_rehearsal(tmp_path):
     targets = [row for row in rows if row and row[0].startswith(("forward", "shared"))]
     assert len([row for row in targets if row[-1] in ("yes", "no", "not measured")]) == len(gpu_targets.TARGETS) + 1
     assert [row[-1] for row in targets if row[1] == shape] == ["no"]  # measured, and an interpreter reaches no target
+    assert [row[-1] for row in rows if row and row[0].startswith("bank_retrieval")] == ["no"]
+    (bank,) = gpu_targets.bank_names(machine)
+    assert results.fact(f"bank_retrieval forward {bank}-fp32-cpu", "hivilt", "ran") == "hivilt backend triton"
+    for family in gpu.RACES:
+        assert any(title.startswith(family) for title in results.groups), family
 
 
 def test_counts_of_a_record():

@@ -64,7 +64,23 @@ def q_former():
     }
 
 
-MODELS = [llama, padded_llama, clip_image, clip_text, deit, bert, q_former]
+def swin():
+    """Windows of 4 x 4 in grids of 10, padded to 12 and shifted: the position bias and the mask come as one."""
+    sizes = {"image_size": 40, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4]}
+    model = transformers.SwinModel(transformers.SwinConfig(**sizes, window_size=4))
+    return model, {"pixel_values": torch.randn(2, 3, 40, 40)}
+
+
+def dinov2():
+    return transformers.Dinov2Model(transformers.Dinov2Config(**IMAGE)), {"pixel_values": torch.randn(PIXELS)}
+
+
+def dinov2_with_registers():
+    config = transformers.Dinov2WithRegistersConfig(**IMAGE, num_register_tokens=3)
+    return transformers.Dinov2WithRegistersModel(config), {"pixel_values": torch.randn(PIXELS)}
+
+
+MODELS = [llama, padded_llama, clip_image, clip_text, deit, bert, q_former, swin, dinov2, dinov2_with_registers]
 
 
 def build(make):
@@ -96,6 +112,39 @@ def test_dense_equals_sdpa(make):
     for other in grads[1:]:
         for a, b in zip(other, grads[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+@pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
+def test_dense_equals_what_is_written_out(make):
+    hf.register(topk=1000)
+    model, call = build(make)
+    tokens = call.get("attention_mask", torch.ones(1)).bool()
+    with torch.no_grad():
+        expected, *others = (hidden(model, name, call) for name in ("eager", hf.DENSE, hf.TOPK))
+    for other in others:
+        # Rows of padding, on the left, see nothing: what is written out gives them the mean of everything.
+        a, b = (other[tokens], expected[tokens]) if tokens.dim() == 2 else (other, expected)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+def test_an_image_without_a_valid_token_gives_no_attention():
+    """Written-out attention gives the mean of what is masked there, which is the only case where the two differ."""
+    hf.register(topk=1000)
+    model, call = build(q_former)
+    call["encoder_attention_mask"][0] = 0
+    with torch.no_grad():
+        out = {name: hidden(model, name, call) for name in ("eager", hf.DENSE, hf.TOPK)}
+        for layer in model.encoder.layer:
+            if layer.has_cross_attention:
+                layer.crossattention.attention.value.weight.zero_()
+                layer.crossattention.attention.value.bias.zero_()
+        expected = hidden(model, "eager", call)
+    for name in (hf.DENSE, hf.TOPK):
+        torch.testing.assert_close(out[name][0], expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[name][1], out["eager"][1], rtol=1e-4, atol=1e-5)
+    assert (out["eager"][0] - expected[0]).abs().max() > 1e-2
 
 
 @needs_transformers

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "info": {"_C", "ops", *PLUMBING},
     "kernel_report": {"kernel_report", "triton_kernels"},
     "tune": {"ops", "triton_kernels"},
-    "demo": {"demo", "swap", "nn", "ops", "_C", "__init__", *PLUMBING},
+    "demo": {"demo", "train", "swap", "nn", "ops", "_C", "__init__", *PLUMBING},
 }
 
 

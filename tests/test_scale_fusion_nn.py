@@ -396,6 +396,21 @@ def test_pooling_keeps_the_names_of_the_first_version():
     assert [n for n, p in module.named_parameters() if p.requires_grad] == ["pool_weights"]
 
 
+def test_seed_compatibility_of_pooling():
+    """compat="seed": entry p of pool_weights belongs to the p-th of mean, max, attention, in this order."""
+    x = torch.randn(2, 5, 8)
+    for room in (plain, fast):
+        module = room.AdaptiveGlobalPooling(8, ["attention", "mean"], compat="seed")
+        assert room.AdaptiveGlobalPooling(8, ["attention", "mean"]).pool_types == ("attention", "mean")
+        with torch.no_grad():
+            module.pool_weights.copy_(torch.tensor([1.0, -1.0]))
+        attended = (x * module.attn_pool(x).softmax(1)).sum(1)
+        weights = torch.tensor([1.0, -1.0]).softmax(0)
+        torch.testing.assert_close(module(x), weights[0] * x.mean(1) + weights[1] * attended)
+        with pytest.raises(ValueError, match="compat"):
+            room.AdaptiveGlobalPooling(8, compat="first")
+
+
 # ProgressiveFusion.
 
 
@@ -416,6 +431,7 @@ def progressive(module, pyramid, text, grids, mask):
     for i, (v, stage) in enumerate(zip(pyramid, module.fusion_stages, strict=True)):
         ignored = None if mask is None else ~mask
         vision, words = v + attention(stage.v2t_attn, v, text, ignored), text + attention(stage.t2v_attn, text, v)
+        words = words if mask is None else words * mask[..., None]
         if outputs:
             n = pyramid[i - 1].shape[1]
             vision = vision + module.scales[i] * upsample(outputs[-1][:, :n], grids[i - 1], grids[i])
@@ -449,7 +465,26 @@ def test_progressive_fusion_equals_its_formula(grids, interp, masked):
     args = (grids,) if interp == "grid" and grids != GRIDS["square"] else ()
     extra = {"attention_mask": mask} if masked else {}
     wrapped = tuple(Last(m) for m in modules)
-    check(wrapped, x, torch.randn(exact.shape, dtype=torch.float64), *args, exact=exact, **extra)
+    # Of the sign of the result: the gradient of a scale, a sum over everything, then does not cancel to nothing.
+    weight = torch.randn(exact.shape, dtype=torch.float64).abs() * exact.sign()
+    check(wrapped, x, weight, *args, exact=exact, **extra)
+
+
+def test_what_padding_holds_does_not_matter_to_progressive_fusion():
+    """NaN in padded words, and a sample without any: finite everywhere, and zeros for words that take no part."""
+    pyramid, text = tokens_of(GRIDS["wide"], (C,) * 3), torch.randn(2, 4, C)
+    mask = torch.tensor([[True, False, True, False], [False] * 4])
+    for module in pair("ProgressiveFusion"):
+        results = []
+        for value in (0.0, math.nan):
+            x = text.masked_fill(~mask[..., None], value).requires_grad_()
+            module.zero_grad()
+            out = torch.cat(module(pyramid, x, attention_mask=mask), 1)
+            out.square().sum().backward()
+            results.append([out, x.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
+        words = module(pyramid, x, attention_mask=mask)[-1][:, pyramid[-1].shape[1] :]
+        assert (words[~mask] == 0).all() and (words[mask] != 0).any()
 
 
 class Vision(nn.Module):

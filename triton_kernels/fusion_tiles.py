@@ -1,5 +1,5 @@
-"""Tile sizes of the kernels of scale fusion, token interpolation and token pooling: a table, so that a first call
-measures nothing."""
+"""Tile sizes of the kernels of scale fusion, token interpolation, token pooling and bank retrieval: a table, so that a
+first call measures nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 
 class Tile(NamedTuple):
-    """rows: tokens (of a weight's gradient: its rows); cols: channels; inner: what is summed over in one step."""
+    """rows: tokens (of a weight's gradient: its rows; of a bank: queries); cols: channels; inner: what is summed over
+    in one step."""
 
     rows: int
     cols: int
@@ -42,6 +43,10 @@ TABLE: dict[tuple[str, bool], dict[int, Tile]] = {
     ("score_gradient", True): {10**9: Tile(32, 32, 64, 4, 1)},
     ("pool_gradient", False): {10**9: Tile(64, 64, 64, 8, 2)},
     ("pool_gradient", True): {10**9: Tile(32, 64, 32, 4, 1)},
+    # 128 bank rows are the columns of a tile.
+    ("bank_maxima", False): {128: Tile(128, 0, 64, 8, 3), 10**9: Tile(128, 0, 64, 8, 2)},
+    ("bank_maxima", True): {10**9: Tile(32, 0, 16, 8, 2)},
+    ("bank_stream", True): {10**9: Tile(4, 0, 32, 8, 2)},
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 
 Two pairs are compared, each on the same weights and inputs: torch's dense attention with hivilt's, and top-k attention
 as one would write it in PyTorch with hivilt's.  Results must agree with float64 as PyTorch's do, or no speed is shown.
+At the end a small model learns to answer questions about rendered shapes, its words keeping four patches each.
 """
 
 try:

@@ -19,6 +19,7 @@ from .inputs import load, teach
 from .measure import measure, table
 from .model import CrossModalModel, PlainTopkAttention
 from .picture import draw
+from .shapes import learn_shapes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,7 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if not kernels:
         print("  all of it ran on the PyTorch reference, there for correctness: python -m hivilt.info says why")
-    print(f"\npicture of the patches each word keeps: {path}")
+    print(f"\npicture of the patches each word keeps: {path}\n")
+
+    path = options.out / "shapes_vqa.png"
+    print(learn_shapes(path, steps=2 if options.quick else 500))
+    print(f"picture of the patches each word of a question keeps: {path}")
 
 
 def machine() -> str:

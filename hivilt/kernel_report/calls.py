@@ -12,6 +12,7 @@ from torch import Tensor
 from ..triton_kernels import topk_attention_backward_launch as backward
 from ..triton_kernels import topk_attention_launch as topk_attention
 from ..triton_kernels.topk_attention_plan import Packed
+from .bank_calls import Bank, bank_calls
 from .fusion_calls import DTYPES, Fusion, Interpolation, Pool, fusion_calls
 
 
@@ -91,7 +92,7 @@ DENSE = replace(FINE, topk=-1)
 KINDS = (FINE, LONG, DENSE)
 
 
-def calls() -> Iterator[Call | Fusion | Interpolation | Pool]:
+def calls() -> Iterator[Call | Fusion | Interpolation | Pool | Bank]:
     """The table; what is told apart first comes first."""
     for dtype in DTYPES:
         yield from (replace(call, dtype=dtype) for call in (FINE, SHORT, LONG, DENSE))
@@ -129,3 +130,4 @@ def calls() -> Iterator[Call | Fusion | Interpolation | Pool]:
         yield replace(DENSE, mask="bias", dtype=dtype, width=width, kernel="_bias_gradient")
 
     yield from fusion_calls()
+    yield from bank_calls()

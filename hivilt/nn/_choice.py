@@ -6,47 +6,18 @@ backend was asked for, there must be a kernel for the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .._backends import policy
 from ..ops._bank_retrieval_rows import BANK_RETRIEVAL
 from ..ops._scale_fusion_rows import INTERPOLATE, SCALE_FUSION
 from ..ops._token_pool_rows import TOKEN_POOL
 from ..ops._topk_attention_rows import TOPK_ATTENTION
+from ..reference.modules._inner import PLAIN_TENSORS, Inner, why_changed
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PLAIN_TENSORS = (nn.Parameter, Tensor)
+__all__ = ["MARK", "PLAIN_TENSORS", "Inner", "kernel_exists", "why_changed"]
+
 MARK = "_hivilt_swapped"  # in the __dict__ of an instance that accelerate made: the class it had before
-
-
-class Inner(NamedTuple):
-    """An inner module whose parameters an operator reads: its path, itself, and the classes it may have."""
-
-    path: str
-    module: nn.Module
-    kinds: tuple[type, ...]
-
-
-def why_changed(parts: Iterable[Inner]) -> str | None:
-    """The first reason why an operator would not compute what calling these modules computes, or None."""
-    for path, module, kinds in parts:
-        if type(module) not in kinds:
-            if isinstance(module, nn.Module) and is_parametrized(module):
-                return f"{path} is parametrized"
-            return f"{path} was replaced by a {type(module).__name__}"
-        if "forward" in module.__dict__:
-            return f"the forward of {path} was replaced"
-        if any(getattr(module, hooks, None) for hooks in HOOKS):
-            return f"{path} carries hooks, which would not fire"
-        for name, parameter in module._parameters.items():
-            if parameter is not None and (type(parameter) not in PLAIN_TENSORS or parameter.is_quantized):
-                return f"{path}.{name} is a {type(parameter).__name__}"
-    return None
 
 
 # For each operation, the arguments of an empty call on a tensor x [0, 1, width].  bank_attention is topk_attention.

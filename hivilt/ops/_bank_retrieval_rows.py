@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import _library
 from . import _bank_retrieval_reference as reference
 from . import _bank_retrieval_schema as schema
+from ._bank_retrieval_triton import row
 from ._running import CPU_DTYPES, build, why_not_cpu
 
 _library.load()
@@ -18,7 +19,9 @@ def _why_not_cpu(query, *rest) -> str | None:
     return "; ".join(reasons) or None
 
 
-BANK_RETRIEVAL = build("bank_retrieval", "bank_retrieval", schema, reference, why_not=_why_not_cpu)
-BACKWARD = build("bank_retrieval_backward", "bank_retrieval", schema, reference, why_not=_why_not_cpu)
+BANK_RETRIEVAL = build("bank_retrieval", "bank_retrieval", schema, reference, row("bank_retrieval"), _why_not_cpu)
+BACKWARD = build(
+    "bank_retrieval_backward", "bank_retrieval", schema, reference, row("bank_retrieval_backward"), _why_not_cpu
+)
 
 _library.register_flops()

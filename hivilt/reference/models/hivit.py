@@ -152,8 +152,7 @@ class HiViTBlock(nn.Module):
         """One layer: tokens [B, N_s, C_s] of the scales in ``grids`` to the same, and the attention's probabilities."""
         active = len(features)
         normed = [norm(x) for norm, x in zip(self.norms1, features, strict=False)]
-        how = {} if masks is None else {"attention_mask": masks[0], "grid_sizes": grids}
-        found = attention(normed, need_weights, **how, num_scales=active)
+        found = attention(normed, need_weights, masks, num_scales=active)
         features = self.add_all(features, found["scale_features"], masks)
         how = {} if masks is None or not isinstance(fusions[0], CrossScaleAttention) else {"masks": masks}
         fused = fusions[0](features, grids, **how, num_scales=active)

@@ -30,9 +30,11 @@ def describe(x: Any) -> str:
 
 
 def check_size(where: str, name: str, x: Any) -> int:
-    if isinstance(x, bool | Tensor) or not hasattr(x, "__index__"):
-        refuse(TypeError, where, name, "an int of at least 1", x)
-    if (x := operator.index(x)) < 1:
+    if type(x) is not int:  # an int, also a traced one, needs no conversion
+        if isinstance(x, bool | Tensor) or not hasattr(x, "__index__"):
+            refuse(TypeError, where, name, "an int of at least 1", x)
+        x = operator.index(x)
+    if x < 1:
         refuse(ValueError, where, name, "an int of at least 1", x)
     return x
 

@@ -83,6 +83,16 @@ def check_flag(where: str, name: str, x: Any) -> bool:
     return x
 
 
+def check_masks(where: str, name: str, masks: Any, features: Sequence[Tensor]) -> list[Tensor]:
+    """A bool mask [B, N_s] per scale."""
+    if isinstance(masks, Tensor) or not isinstance(masks, Sequence) or len(masks) != len(features):
+        refuse(ValueError, where, name, f"{len(features)} tensors (B, N), one per scale", masks)
+    return [
+        check_mask(where, f"{name}[{s}]", mask, tuple(x.shape[:2]))
+        for s, (mask, x) in enumerate(zip(masks, features, strict=True))
+    ]
+
+
 class MultiScaleAttention(nn.Module):
     """Self-attention of every scale: out_s = projs_s(softmax(q k^T / sqrt(C / H)) v), q, k, v = qkv_projections_s(x_s).
 
@@ -119,7 +129,7 @@ class MultiScaleAttention(nn.Module):
         self,
         features: Sequence[Tensor],
         need_weights: bool = False,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Sequence[Tensor] | None = None,
         grid_sizes: Sequence[Sequence[int]] | None = None,
         *,
         num_scales: int | None = None,
@@ -130,9 +140,9 @@ class MultiScaleAttention(nn.Module):
             features: S tensors [B, N_s, C_s].
             need_weights: also return the probabilities.
             attention_mask: bool or integer [B, N_0], True or 1 takes part.  A token of another scale takes part where
-                any of these lies in its cell.  What other tokens hold does not matter, NaN included; they give the bias
-                of ``projs.s``.
-            grid_sizes: S tuples of 1, 2 or 3 sizes with N_s cells each, asked for only beside a mask; left out, every
+                any of these lies in its cell.  Or S such masks [B, N_s].  What other tokens hold does not matter, NaN
+                included; they give the bias of ``projs.s``.
+            grid_sizes: S tuples of 1, 2 or 3 sizes with N_s cells each, asked for only beside one mask; left out, every
                 N_s must be a square number.
             num_scales: features are the first so many scales only.
 
@@ -152,13 +162,11 @@ class MultiScaleAttention(nn.Module):
         if self.compat == "seed":
             return self._as_seed(features, attention_mask)
         masks: Sequence[Tensor | None] = [None] * count
-        if attention_mask is not None:
+        if isinstance(attention_mask, Sequence):
+            masks = check_masks(where, "attention_mask", attention_mask, features)
+        elif attention_mask is not None:
             mask = check_mask(where, "attention_mask", attention_mask, tuple(features[0].shape[:2]))
             masks = masks_of_scales(mask, check_grids(where, "grid_sizes", features, grid_sizes, "features"))
-        return self._forward(features, masks, need_weights)
-
-    def _forward(self, features: list[Tensor], masks: Sequence[Tensor | None], need_weights: bool) -> dict[str, Any]:
-        """The call behind its checks; HiViT has the masks of all scales already."""
         outputs, weights = [], []
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         for s, (x, mask) in enumerate(zip(features, masks, strict=True)):
@@ -253,12 +261,7 @@ class CrossScaleAttention(nn.Module):
         features = check_scales(where, "scale_features", scale_features, self.dims[:count])
         query_mask, key_mask = None, None
         if masks is not None:
-            if isinstance(masks, Tensor) or not isinstance(masks, Sequence) or len(masks) != count:
-                refuse(ValueError, where, "masks", f"{count} tensors (B, N), one per scale", masks)
-            masks = [
-                check_mask(where, f"masks[{s}]", mask, tuple(x.shape[:2]))
-                for s, (mask, x) in enumerate(zip(masks, features, strict=True))
-            ]
+            masks = check_masks(where, "masks", masks, features)
             features = [torch.where(mask[..., None], x, 0.0) for mask, x in zip(masks, features, strict=True)]
             query_mask, key_mask = masks[0], torch.cat(masks[1:], 1) if count > 1 else None
         if count == 1:

@@ -21,6 +21,7 @@ from ._checks import (
     check_tensor,
     refuse,
 )
+from .cross_modal_fusion import attend, hide
 from .scale_fusion import Grid, resize_tokens
 
 INTERPOLATIONS = ("linear1d", "grid")
@@ -55,11 +56,14 @@ class CrossModalStage(nn.Module):
         self.t2v_attn = attention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
 
     def forward(self, vision: Tensor, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """vision [B, N_v, C], text [B, N_t, C] to [B, N_v + N_t, C]; attention_mask: bool [B, N_t], True takes part."""
-        ignored = None if attention_mask is None else ~attention_mask
-        to_text = self.v2t_attn(vision, text, text, key_padding_mask=ignored, need_weights=False)[0]
-        to_vision = self.t2v_attn(text, vision, vision, need_weights=False)[0]
-        return torch.cat([vision + to_text, text + to_vision], 1)
+        """vision [B, N_v, C], text [B, N_t, C] to [B, N_v + N_t, C]; attention_mask: bool [B, N_t], True takes part.
+
+        Words that take no part give zeros, and what they hold does not matter, NaN included.
+        """
+        text = hide(text, attention_mask)
+        to_text = attend(self.v2t_attn, vision, text, None, attention_mask)
+        to_vision = attend(self.t2v_attn, text, vision, attention_mask, None)
+        return torch.cat([vision + to_text, hide(text + to_vision, attention_mask)], 1)
 
 
 class ProgressiveFusion(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_mask, check_size, check_tensor, refuse
+from ._checks import check_choice, check_mask, check_size, check_tensor, refuse
 
 POOLS = ("mean", "max", "attention")
 
@@ -21,12 +21,14 @@ class AdaptiveGlobalPooling(nn.Module):
     Args:
         hidden_dim: C.
         pool_types: any of "mean", "max", "attention", each once; entry p of ``pool_weights`` belongs to pool_types[p].
+        compat: None, or "seed": the pools are taken in the order mean, max, attention, whatever order they are named
+            in, as in the layer as first written.
 
     Parameters: ``attn_pool.0`` and ``attn_pool.2`` score the tokens for "attention" (without it they are kept, so that
     checkpoints fit, but ask for no gradient); ``pool_weights``, one logit per pool.
     """
 
-    def __init__(self, hidden_dim: int, pool_types: Sequence[str] = POOLS) -> None:
+    def __init__(self, hidden_dim: int, pool_types: Sequence[str] = POOLS, *, compat: str | None = None) -> None:
         super().__init__()
         where = "AdaptiveGlobalPooling"
         check_size(where, "hidden_dim", hidden_dim)
@@ -37,6 +39,9 @@ class AdaptiveGlobalPooling(nn.Module):
                 refuse(ValueError, where, "pool_types", f"names out of {', '.join(map(repr, POOLS))}", pool)
         if not pool_types or len(set(pool_types)) != len(pool_types):
             refuse(ValueError, where, "pool_types", "at least one pool, each once", list(pool_types))
+        if compat is not None:
+            check_choice(where, "compat", compat, ("seed",))
+            pool_types = [pool for pool in POOLS if pool in pool_types]
         self.hidden_dim, self.pool_types = hidden_dim, tuple(pool_types)
         width = max(1, hidden_dim // 4)
         self.attn_pool = nn.Sequential(nn.Linear(hidden_dim, width), nn.Tanh(), nn.Linear(width, 1))
