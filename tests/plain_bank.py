@@ -244,6 +244,24 @@ def hard_banks(B: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, int]]:
     banks["beyond bfloat16"] = (tensor(np.full((B, C), 1.0)), tensor(normal(M, C) * 1e36), 30)
     banks["subnormals"] = (tensor(q), tensor(normal(M, C) * 1e-41), 30)
     banks["products that vanish"] = (tensor(q * 1e-22), tensor(normal(M, C) * 1e-22), 30)
+    # Where bfloat16 of a finite row is infinite; norms on both sides of what low precision may score; subnormals that
+    # large queries make count.
+    rows = normal(M, C)
+    rows[::7, 3] = 3.4e38 * np.sign(rows[::7, 3])
+    banks["infinite in bfloat16"] = (tensor(q * 1e-3), tensor(rows), 30)
+    edge = 1e15 * r.choice([0.5, 0.999, 1.0, 1.001, 2.0], (M, 1)) * np.sign(normal(M, 1))
+    unit = normal(M, C) / 48
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    banks["norms about 1e15"] = (tensor(unit[:B] * edge[:B]), tensor(unit[::-1] * edge), 30)
+    banks["subnormals of large queries"] = (
+        tensor(q * 1e13),
+        tensor(normal(M, C) * 10.0 ** r.uniform(-45, -37, (M, C))),
+        30,
+    )
+    # Nothing but ties, whose order the index decides: exact in every precision, zeros of both signs among them.
+    banks["signs"] = (tensor(np.sign(q)), tensor(np.sign(normal(M, C))), 45)
+    thin = np.where(normal(M, C) > 1.8, np.sign(normal(M, C)), 0.0) * np.sign(normal(M, C))
+    banks["zeros of both signs"] = (tensor(np.where(normal(B, C) > 1, np.sign(q), 0.0 * q)), tensor(thin), 300)
     # All scores negative; cancellation, where the score is far smaller than its terms.
     banks["negative"] = (tensor(np.abs(q)), tensor(-np.abs(normal(M, C))), 25)
     cancel = normal(M, C // 2) * 1e3

@@ -6,6 +6,7 @@ import math
 import plain_bank as plain
 import pytest
 import torch
+from guard_pages import survives
 
 import hivilt
 import hivilt.testing as t
@@ -205,20 +206,25 @@ def test_layouts(where, B):
             assert same(op(**x | {name: view}, topk=7, scale=0.3, backend=backend), want), (name, layout)
 
 
-def test_reads_and_writes_nothing_beyond_its_tensors(where):
+GUARDED = """
+import itertools, plain_bank as plain
+for B, M, C, E in ((1, 13, 5, 3), (9, 300, 24, 8), (67, 1001, 17, 9), (64, 2049, 31, 33)):
+    parts = (plain.numbers(0, B, C), plain.numbers(1, M, C), plain.numbers(2, M, E))
+    mask = plain.numbers(3, B, M) > -0.5
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v = (t.guarded(x.to(dtype), at).requires_grad_() for x in parts)
+        got = ops.bank_retrieval(q, k, 10, values=v, mask=t.guarded(mask, at), backend=backend)
+        with torch.no_grad():
+            plain.judge(got, q, k, 10, values=v, mask=mask)
+        got[0].sum().backward()
+        count += 1
+"""
+
+
+@pytest.mark.parametrize("at", ["end", "start"])
+def test_reads_and_writes_nothing_beyond_its_tensors(where, at):
     """Banks and queries that end, or begin, at a page that faults when touched."""
-    backend, device = where
-    if device != "cpu":
-        pytest.skip("guarded pages are of the CPU")
-    for B, M, C, E in ((1, 13, 5, 3), (67, 1001, 17, 9), (64, 2049, 31, 33)):
-        parts = (plain.numbers(0, B, C), plain.numbers(1, M, C), plain.numbers(2, M, E))
-        mask = plain.numbers(3, B, M) > -0.5
-        for dtype, end in itertools.product((torch.float32, torch.bfloat16), ("end", "start")):
-            q, k, v = (t.guarded(x.to(dtype), end).requires_grad_() for x in parts)
-            got = op(q, k, 10, values=v, mask=t.guarded(mask, end), backend=backend)
-            with torch.no_grad():
-                plain.judge(got, q, k, 10, values=v, mask=mask)
-            got[0].sum().backward()
+    survives(GUARDED, 12, where, at)
 
 
 def test_nothing_uninitialised(where, nan_filled_memory):

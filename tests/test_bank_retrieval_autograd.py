@@ -197,6 +197,40 @@ def test_dense_gradients(where, own):
     assert lse.requires_grad
 
 
+def test_dense_reading_in_pieces(where):
+    """Rows too wide and too many to be packed at once on the CPU, several blocks of queries; values near the largest
+    number come late, and a NaN that a query may not see stays out of its sums."""
+    backend, device = where
+    B, M, C = 200, 4100, 256
+    q, k, v, up = (plain.numbers(i, n, C).to(device) for i, n in enumerate((B, M, M, B)))
+    mask = plain.numbers(5, M).to(device) > -1
+    q, v[4000] = q / 8, torch.sign(v[4000]) * 1e36
+    v[2500], mask[2500], mask[4000] = float("nan"), False, True
+    with torch.no_grad():
+        k[4000] -= q.mean(0) * 1e3  # of little weight, not of none
+    x = {"query": q.requires_grad_(), "keys": k.requires_grad_(), "values": v.requires_grad_()}
+    out, lse = attend(**x, mask=mask, scale=0.3, backend=backend)
+    got = torch.autograd.grad(out, list(x.values()), up * 1e-36)
+    alone = torch.autograd.grad(attend(q, k.detach(), values=v.detach(), mask=mask, scale=0.3, backend=backend)[0], q,
+                                up * 1e-36)[0]  # fmt: skip
+    assert torch.equal(alone, got[0])
+
+    def plainly(dtype: torch.dtype) -> list[torch.Tensor]:
+        parts = [y.detach().to(dtype) for y in x.values()]
+        query, keys, values = (
+            y.requires_grad_() for y in (parts[0], *(z.where(mask[:, None], 0.0) for z in parts[1:]))
+        )
+        logits = torch.where(mask, 0.3 * query @ keys.mT, -float("inf"))
+        want = logits.softmax(1) @ values
+        grads = torch.autograd.grad(want, (query, keys, values), up.to(dtype) * 1e-36)
+        return [want, logits.logsumexp(1), *grads]
+
+    names = ("out", "lse", *x)
+    for name, a, rough, b in zip(names, (out, lse, *got), plainly(torch.float32), plainly(torch.float64), strict=True):
+        error, allowed = ((y.double() - b).abs().amax() / b.abs().amax() for y in (a, rough))
+        assert error <= 2 * allowed + 4 * t.UNIT[torch.float32], (name, float(error), float(allowed))
+
+
 def test_layouts_of_gradients(where):
     """Upstream gradients of every layout, and leaves that are views."""
     backend, device = where

@@ -2,12 +2,11 @@
 anything is computed or written."""
 
 import math
-import re
-import warnings
 
 import plain_bank as plain
 import pytest
 import torch
+from malformed import refusal, said, wrong_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hivilt
@@ -30,26 +29,8 @@ def good(op: str) -> dict:
 
 
 def wrong_matrices(x: torch.Tensor, any_size: tuple[int, ...] = ()) -> dict[str, object]:
-    """What may come where the matrix ``x`` should; ``any_size``: axes along which any size is legal."""
-    bad: dict[str, object] = {"list": x.tolist(), "float": 1.5, "string": "x", "numpy": x.numpy(), "rank + 1": x[None]}
-    bad |= {"complex": x.to(torch.complex64), "meta": x.to("meta"), "int": x.int(), "bool": x > 0, "rank - 1": x[0]}
-    bad |= {
-        "float64 alone": x.double(),
-        "scalar": x[0, 0],
-        "float8": x.to(torch.float8_e4m3fn),
-        "sparse": x.to_sparse(),
-    }
-    bad["nested"] = torch.nested.nested_tensor([x, x], layout=torch.jagged)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bad["quantised"] = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
-    for dim in {0, 1} - set(any_size):
-        bad[f"dim {dim} + 1"] = torch.cat([x, x.narrow(dim, 0, 1)], dim)
-        bad[f"dim {dim} - 1"] = x.narrow(dim, 0, x.shape[dim] - 1)
-        bad[f"dim {dim} empty"] = x.narrow(dim, 0, 0)
-        shape = [2**40 if i == dim else n for i, n in enumerate(x.shape)]
-        bad[f"dim {dim} 2^40"] = x.flatten()[:1].as_strided(shape, [0, 0])
-    return bad
+    """Half types may stand beside other types."""
+    return {what: wrong for what, wrong in wrong_tensors(x, any_size).items() if what != "bfloat16 alone"}
 
 
 INT = torch.int64
@@ -115,18 +96,6 @@ def test_there_are_enough_of_them():
         assert len(calls(op)) >= 60
 
 
-def refusal(op: str, x: dict) -> str:
-    with pytest.raises((ValueError, TypeError)) as caught:
-        getattr(hivilt.ops, op)(**x)
-    return str(caught.value)
-
-
-def said(op: str, name: str, text: str) -> None:
-    assert text.startswith(f"{op}: ") and "expected" in text and "got" in text, text
-    assert re.search(rf"\b({PARTNERS.get(name, name)})\b", text[len(op) :].split(": expected")[0]), text
-    assert len(text) < 600, "errors print shapes and dtypes, never data"
-
-
 @pytest.mark.parametrize("op, call", PAIRS, ids=[f"{op}-{call}" for op, call in PAIRS])
 def test_malformed(where, op, call):
     backend, device = where
@@ -143,7 +112,7 @@ def test_malformed_push(call):
 
 def refused(op: str, x: dict, name: str, wrong: object) -> None:
     before = {n: v.clone() for n, v in x.items() if isinstance(v, torch.Tensor)}
-    said(op, name, refusal(op, x | {name: wrong}))
+    said(op, PARTNERS.get(name, name), refusal(op, x | {name: wrong}))
     assert all(torch.equal(x[n], v) for n, v in before.items()), "written before it was checked"
 
 
@@ -154,7 +123,7 @@ HUGE = {"bank_retrieval": ("count", "exclude"), "bank_attention": ("count",)}
 @pytest.mark.parametrize("what", ["2^70", "array"])
 def test_malformed_numbers_of_other_kinds(op, name, what):
     wrong = 2**70 if what == "2^70" else plain.np.array([1, 2])
-    said(op, name, refusal(op, good(op) | {name: wrong}))
+    said(op, PARTNERS.get(name, name), refusal(op, good(op) | {name: wrong}))
 
 
 @pytest.mark.parametrize("op", OPS)

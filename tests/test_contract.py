@@ -60,9 +60,10 @@ def representative(name: str, device: str) -> list[tuple]:
         masks = (bias, km, qm, None, None)
         empty = torch.empty(0, dtype=torch.int32, device=device)
         return [
-            (go, gl, q, k, v, out, lse, indices, 0, *masks, None, 0.3, 0.0, True, *backend),
-            (go, None, q, k, v, out, lse, indices, 0, *masks, None, 0.3, 0.0, False, *backend),
-            (go, gl, q, k, v, out, lse, empty, 0, *masks, None, 0.3, 0.0, True, *backend),
+            (go, gl, q, k, v, out, lse, indices, 0, *masks, None, 0.3, 0.0, True, True, *backend),
+            (go, None, q, k, v, out, lse, indices, 0, *masks, None, 0.3, 0.0, False, False, *backend),
+            (go, gl, q, k, v, out, lse, empty, 0, *masks, None, 0.3, 0.0, True, True, *backend),
+            (go, gl, q, k, v, out, lse, empty, 0, *masks, None, 0.3, 0.0, False, True, *backend),
         ]
     if name == "bank_push_":  # one implementation, for every device
         return plain_bank.representative(name, device)

@@ -48,7 +48,7 @@ def test_forward_and_backward_use_the_documented_mask(where, topk, axis, select,
         g, gl = torch.randn_like(out), torch.randn_like(lse)
         grads = torch.ops.hivilt.topk_attention_backward(
             g, gl, x["query"], x["key"], x["value"], out, lse, indices, int(axis == "queries"), bias, x["key_mask"],
-            None, None, None, number, scale, p, True, backend,
+            None, None, None, number, scale, p, True, True, backend,
         )  # fmt: skip
         truth = t.oracle(**x, indices=None if topk is None else indices, keep=keep, grad_out=g, grad_lse=gl)
         names = ("out", "lse", "query", "key", "value", "attn_mask")

@@ -35,7 +35,7 @@ class Upstream(NamedTuple):
 
 def topk_attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask, query_mask, packed, seed,
-    scale, dropout_p, bias_grad,
+    scale, dropout_p, key_grad, bias_grad,
 ):  # fmt: skip
     """Operator ``hivilt::topk_attention_backward``: gradients of query, key, value and the bias."""
     p = plan.problem(query, key, packed)
@@ -45,7 +45,8 @@ def topk_attention_backward(
         masks = Masks(attn_mask if attn_mask is not None and attn_mask.is_floating_point() else None)
     call = Call(p, query, key, value, masks, seed, scale, dropout_p)
     up = Upstream(grad_out, lse.contiguous(), _delta(grad_out, grad_lse, out))
-    grads = [plan.token_major(x, x.shape[3], packed) for x in (query, key, value)]
+    grads = [plan.token_major(query, query.shape[3], packed)]
+    grads += [plan.token_major(x, x.shape[3], packed) if key_grad else x.new_empty(0) for x in (key, value)]
     indices = indices.contiguous()
     gather = sparse and axis == 0 and packed is None and p.keys >= plan.GATHER_FROM * max(1, indices.shape[3])
     orientation = axis + 1 if sparse else 0
@@ -77,7 +78,8 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _gather_backward(call: Call, up: Upstream, lists: Tensor, grads: list[Tensor]) -> None:
-    grad_query, grad_key, grad_value = map(launch.strided, grads)
+    key_grad = grads[1].dim() > 1
+    grad_query, grad_key, grad_value = (launch.strided(x) if x.dim() > 1 else None for x in grads)
     config = call.tiles("gather_backward", call.seed)
     sides, mask, length = call.sides(up.grad_out), launch.mask(call.masks.attn_mask), lists.shape[3]
     widths = {
@@ -93,7 +95,7 @@ def _gather_backward(call: Call, up: Upstream, lists: Tensor, grads: list[Tensor
             config.warps, config.stages, **widths,
         )  # fmt: skip
     tasks, blocks = call.key_tasks(config.rows)
-    if tasks:
+    if tasks and key_grad:
         runs, entries = _inverse(lists, call.problem.keys)
         launch.launch(
             _gather_key_gradient_kernel, tasks,
@@ -130,7 +132,8 @@ def _dense_widths(call: Call, orientation: int) -> dict[str, int]:
 
 
 def _dense_backward(call: Call, up: Upstream, bits: tuple | None, orientation: int, grads: list[Tensor]) -> None:
-    grad_query, grad_key, grad_value = map(launch.strided, grads)
+    key_grad = grads[1].dim() > 1
+    grad_query, grad_key, grad_value = (launch.strided(x) if x.dim() > 1 else None for x in grads)
     before = (*call.sides(up.grad_out), *up.row_arguments())
     after = (bits, *call.masks.arguments(), *call.dropout(), call.scale)
     widths = _dense_widths(call, orientation)
@@ -143,7 +146,7 @@ def _dense_backward(call: Call, up: Upstream, bits: tuple | None, orientation: i
         )  # fmt: skip
     config = call.tiles("dense_key_gradient", call.seed)
     tasks, blocks = call.key_tasks(config.cols)
-    if tasks:
+    if tasks and key_grad:
         launch.launch(
             _key_gradient_kernel, tasks, (*before, grad_key, grad_value, *after, call.key.shape[1], blocks),
             config.warps, config.stages, BLOCK_R=config.rows, BLOCK_C=config.cols, **widths,

@@ -13,6 +13,8 @@ namespace hivilt {
 
 enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 
+constexpr int64_t kDenseChunk = 480;  // keys of a block of scores: a multiple of every register tile's sides
+
 // A (B, H, T, width) tensor whose last stride is 1. For packed tensors stride_b is 0 and rows are found by segment.
 struct Operand {
   char* data = nullptr;
@@ -40,8 +42,9 @@ struct Problem {
   const uint8_t* query_mask = nullptr;    // (B, Q), contiguous
 
   float scale = 1.0f;
-  int64_t axis = 0;  // 0: rows of the lists are queries and hold keys; 1: rows are keys and hold queries
-  int64_t topk = 0;  // width of a list row
+  int64_t columns_at_once = 0;  // keys that a dense task packs at a time
+  int64_t axis = 0;             // 0: rows of the lists are queries and hold keys; 1: rows are keys and hold queries
+  int64_t topk = 0;             // width of a list row
   Dropout dropout;
 
   int32_t* lists = nullptr;  // (B, list_heads, list rows, topk), ascending, -1 padded

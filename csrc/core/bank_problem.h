@@ -80,6 +80,7 @@ struct BankKernels {
   bool low_precision;   // worth it here
   BankKernel pack;      // queries -> wide, panels, norms; tasks: panels of the group
   BankKernel scan;      // tasks: bank rows of a split for some panels
+  BankKernel scan_few;  // the same for a few queries: all of the group
   BankKernel finish;    // merge, score again, sort, weigh; tasks: queries of the group
   BankKernel backward;  // query gradients; tasks: queries
   BankKernel scatter;   // bank gradients; tasks: bank rows

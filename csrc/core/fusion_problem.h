@@ -62,7 +62,6 @@ struct FusionProblem {
   int64_t grad_stride_b = 0, grad_stride_n = 0;
   float* grad_linear = nullptr;   // (B, prefix + cells, stride), or null where no scale is projected
   float* grad_vectors = nullptr;  // (parts, 3, stride): sums for bias, norm_weight and norm_bias
-  bool parameters_grad = false;
 
   HIVILT_INLINE int64_t tokens() const { return prefix + cells; }
 };
@@ -110,7 +109,6 @@ struct ResizeKernel {
 
 struct FusionKernels {
   int64_t tile_rows, panel;     // rows and columns of the register tile
-  bool bf16_pairs;              // bf16 weights are packed in pairs
   FusionKernel pack;            // weight -> panels; tasks: panels [begin, end) of a scale
   FusionKernel pack_back;       // weight -> back_panels; the same
   FusionKernel project;         // kProject scales -> projected; tasks: rows of a scale

@@ -129,7 +129,7 @@ HIVILT_INLINE Vec load_u16(const uint16_t* p) {
 HIVILT_INLINE Vec load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// The instruction of AVX512_BF16 takes subnormals for zero.
+// The instruction of AVX512_BF16 takes subnormals for zero; see store_bf16_flushed.
 HIVILT_INLINE void store_bf16(uint16_t* p, Vec v) {
   const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
@@ -150,6 +150,11 @@ HIVILT_INLINE Vec dot_bf16(Vec a, Vec b, Vec c) {
   std::memcpy(&x, &a, 64);
   std::memcpy(&y, &b, 64);
   return _mm512_dpbf16_ps(c, x, y);
+}
+// store_bf16 in one instruction; what is subnormal, before or after, becomes zero.
+HIVILT_INLINE void store_bf16_flushed(uint16_t* p, Vec v) {
+  const __m256bh half = _mm512_cvtneps_pbh(v);
+  std::memcpy(p, &half, 32);
 }
 #else
 constexpr bool kBf16Dot = false;

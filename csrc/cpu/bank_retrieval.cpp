@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -50,11 +51,12 @@ struct Workspace {
   static constexpr int64_t kMostQueries = 512;  // their panels share the second-level cache with a block of the bank
   static constexpr int64_t kLeastRows = 1024;   // of a split
 
-  std::vector<float> wide, panels, low_panels, norms, bounds;
-  std::vector<int32_t> indices;
-  std::vector<uint8_t> wild;
+  // Without contents: clearing them would take longer than what small calls do with them.
+  std::unique_ptr<float[]> wide, panels, low_panels, norms, bounds;
+  std::unique_ptr<int32_t[]> indices;
+  std::unique_ptr<uint8_t[]> wild;
   std::vector<Candidates> candidates;
-  int64_t nan_room, group, query_parts;
+  int64_t room, nan_room, group, query_parts;  // room: capacity in whole vectors, and one to write behind the last
 
   explicit Workspace(BankProblem& p) {
     const int64_t panel = kernels().fusion.panel;
@@ -65,25 +67,27 @@ struct Workspace {
     p.splits = std::clamp<int64_t>(p.limit / kLeastRows, 1, std::max<int64_t>(1, threads / query_parts));
     p.capacity = std::min(2 * p.topk + 128, p.limit + 1);
     nan_room = std::min(p.topk, p.bank_size);
-    const int64_t bytes = p.splits * (12 * p.capacity + 4 * nan_room);
+    room = ceil_div(p.capacity, 16) * 16 + 16;
+    const int64_t bytes = p.splits * (12 * room + 4 * nan_room);
     group = std::clamp<int64_t>(kBudget / bytes, 1, std::min(kMostQueries, std::max<int64_t>(1, p.batch)));
     const int64_t padded = ceil_div(group, panel) * panel, depth = ceil_div(p.width, 16) * 16;
     p.wide_stride = depth;
     const auto size = [](int64_t n) { return static_cast<size_t>(n); };
-    wide.resize(size(group * depth));
-    panels.resize(size(padded * depth));
-    if (p.low_precision) low_panels.resize(size(padded * depth));
-    norms.resize(size(2 * padded));
-    wild.resize(size(padded / panel));
-    bounds.resize(size(2 * p.splits * group * p.capacity));
-    indices.resize(size(p.splits * group * (p.capacity + nan_room)));
+    const auto floats = [&](int64_t n) { return std::make_unique_for_overwrite<float[]>(size(n)); };
+    wide = floats(group * depth);
+    panels = floats(padded * depth);
+    if (p.low_precision) low_panels = floats(padded * depth);
+    norms = floats(2 * padded);
+    wild = std::make_unique_for_overwrite<uint8_t[]>(size(padded / panel));
+    bounds = floats(2 * p.splits * group * room);
+    indices = std::make_unique_for_overwrite<int32_t[]>(size(p.splits * group * (room + nan_room)));
     candidates.resize(size(p.splits * group));
-    p.wide = wide.data();
-    p.panels = panels.data();
-    p.low_panels = low_panels.data();
-    p.norm = norms.data();
-    p.residue = norms.data() + padded;
-    p.wild = wild.data();
+    p.wide = wide.get();
+    p.panels = panels.get();
+    p.low_panels = low_panels.get();
+    p.norm = norms.get();
+    p.residue = norms.get() + padded;
+    p.wild = wild.get();
     p.candidates = candidates.data();
   }
   std::vector<BankTask> scans(const BankProblem& p) const {
@@ -97,13 +101,12 @@ struct Workspace {
     }
     return tasks;
   }
-  void clear(const BankProblem& p) {
+  void clear() {
     for (size_t i = 0; i < candidates.size(); ++i) {
       const auto at = static_cast<int64_t>(i);
-      float* lower = bounds.data() + 2 * at * p.capacity;
-      int32_t* index = indices.data() + at * (p.capacity + nan_room);
-      candidates[i] = {
-          lower, lower + p.capacity, index, index + p.capacity, 0, 0, -std::numeric_limits<float>::infinity()};
+      float* lower = bounds.get() + 2 * at * room;
+      int32_t* index = indices.get() + at * (room + nan_room);
+      candidates[i] = {lower, lower + room, index, index + room, 0, 0, -std::numeric_limits<float>::infinity()};
     }
   }
 };
@@ -134,9 +137,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, 
     exclude = torch::stable::contiguous(*exclude);
     p.exclude = static_cast<const int64_t*>(exclude->data_ptr());
   }
-  // Converting a bank row to bf16, and scoring again what survives, has to be paid for by several panels of queries.
-  const bool many = p.batch >= 4 * kernels().fusion.panel;
-  p.low_precision = kernels().bank.low_precision && precision != "fp32" && (many || precision == "bf16");
+  // Few queries are read for, not multiplied for. Converting a bank row to bf16 has to be paid for by queries, scoring
+  // again what survives by a bank that is large beside it.
+  constexpr int64_t kFewQueries = 16, kManyRows = 256;  // rows for each that is kept
+  const bool few = p.batch <= kFewQueries;
+  const bool many = p.batch >= 4 * kernels().fusion.panel || p.limit >= kManyRows * topk;
+  p.low_precision = kernels().bank.low_precision && precision != "fp32" && !few && (many || precision == "bf16");
   p.approximate = precision == "bf16";
 
   const int64_t E = p.values.width;
@@ -169,9 +175,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, 
   const int64_t panel = kernels().fusion.panel;
   for (p.first_query = 0; p.first_query < p.batch; p.first_query += workspace.group) {
     p.group = std::min(workspace.group, p.batch - p.first_query);
-    workspace.clear(p);
+    workspace.clear();
     run(p, kernels().bank.pack, cut(ceil_div(p.group, panel), 1), alone);
-    run(p, kernels().bank.scan, workspace.scans(p), alone);
+    run(p, few ? kernels().bank.scan_few : kernels().bank.scan, workspace.scans(p), alone);
     run(p, kernels().bank.finish, cut(p.group, 8), alone);
   }
   return {retrieved, scores, indices, key_rows, value_rows};
@@ -213,10 +219,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_retrieval_backward(Tensor query,
   }
   Tensor grad_query = empty({p.batch, p.width}, dtype_code(query));
   p.grad_query = static_cast<char*>(grad_query.data_ptr());
-  std::vector<float> pairs(static_cast<size_t>(2 * p.batch * p.topk));
+  const auto pairs = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(2 * p.batch * p.topk));
   std::vector<double> of_scale(static_cast<size_t>(p.batch));
-  p.score_grad = pairs.data();
-  p.shares = pairs.data() + p.batch * p.topk;
+  p.score_grad = pairs.get();
+  p.shares = pairs.get() + p.batch * p.topk;
   p.of_scale = of_scale.data();
   constexpr int64_t kWorthThreads = 1 << 16;
   const bool alone = p.batch * p.topk * (p.width + p.values.width) < kWorthThreads;

@@ -302,7 +302,6 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> scale_fusion_bac
   p.grad_stride_n = grad_out.stride(1);
   linear = torch::stable::contiguous(linear);
   if (linear.dim() == 3) p.linear = static_cast<char*>(linear.data_ptr());
-  p.parameters_grad = parameters_grad;
   // A function of shapes alone, as the parts are.
   call.set_block(16);
 

@@ -94,6 +94,10 @@ struct Call {
     value = value_;
     p.e = value.size(3);
     p.value = operand(value, packed);
+    // Packed keys and values of a thread, however many there are.
+    constexpr int64_t kPackedBytes = 4 << 20;
+    const int64_t chunks = kPackedBytes / (4 * kDenseChunk * std::max<int64_t>(1, p.d + p.e));
+    p.columns_at_once = std::clamp<int64_t>(chunks * kDenseChunk, kDenseChunk, std::max(kDenseChunk, p.n_keys));
   }
   void set_mask(const Tensor& mask_) {
     mask = mask_;
@@ -224,7 +228,7 @@ struct Call {
 
 // Rows [0, n(b)) of every (b, h), cut so that each thread has a few pieces. Results do not depend on the cut.
 template <class Rows>
-std::vector<Task> tasks_of(const Problem& p, int64_t heads, Rows rows) {
+std::vector<Task> tasks_of(const Problem& p, int64_t heads, Rows rows, int64_t most = INT64_MAX) {
   constexpr int64_t kLeastRows = 48;
   const int64_t slices = std::max<int64_t>(1, p.batch * heads);
   const int64_t cuts = (8 * thread_count() + slices - 1) / slices;
@@ -232,7 +236,7 @@ std::vector<Task> tasks_of(const Problem& p, int64_t heads, Rows rows) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t n = rows(b);
     const int64_t pieces = std::max<int64_t>(1, std::min(cuts, n / kLeastRows));
-    const int64_t step = (n + pieces - 1) / pieces;
+    const int64_t step = std::min((n + pieces - 1) / pieces, most);
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t begin = 0; begin < n; begin += step) tasks.push_back({b, h, begin, std::min(begin + step, n)});
     }
@@ -262,8 +266,8 @@ void run(const Kernel& kernel, const Problem& p, const std::vector<Task>& tasks)
 std::vector<Task> query_tasks(const Problem& p) {
   return tasks_of(p, p.heads, [&](int64_t b) { return p.queries_of(b); });
 }
-std::vector<Task> key_tasks(const Problem& p) {
-  return tasks_of(p, p.kv_heads, [&](int64_t b) { return p.keys_of(b); });
+std::vector<Task> key_tasks(const Problem& p, int64_t most = INT64_MAX) {
+  return tasks_of(p, p.kv_heads, [&](int64_t b) { return p.keys_of(b); }, most);
 }
 std::vector<Task> list_tasks(const Problem& p) {
   return tasks_of(p, p.list_heads, [&](int64_t b) { return p.rows_of(b); });
@@ -353,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
                                                                    MaybeTensor key_mask, MaybeTensor query_mask,
                                                                    MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
                                                                    MaybeTensor seed, double scale, double dropout_p,
-                                                                   bool bias_grad) {
+                                                                   bool key_grad, bool bias_grad) {
   Call call(query, key, axis, attn_mask, cu_seqlens_q, cu_seqlens_k, scale);
   Problem& p = call.p;
   call.set_value(value);
@@ -369,11 +373,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
     p.grad_lse = static_cast<const float*>(call.grad_lse.data_ptr());
   }
   Tensor grad_query = token_major(query, query.size(0), p.heads, p.n_queries, p.d);
-  Tensor grad_key = token_major(query, query.size(0), p.kv_heads, p.n_keys, p.d);
-  Tensor grad_value = token_major(query, query.size(0), p.kv_heads, p.n_keys, p.e);
+  Tensor grad_key = empty({0}, dtype_code(query)), grad_value = empty({0}, dtype_code(query));
   p.grad_query = operand(grad_query, call.packed);
-  p.grad_key = operand(grad_key, call.packed);
-  p.grad_value = operand(grad_value, call.packed);
+  if (key_grad) {
+    grad_key = token_major(query, query.size(0), p.kv_heads, p.n_keys, p.d);
+    grad_value = token_major(query, query.size(0), p.kv_heads, p.n_keys, p.e);
+    p.grad_key = operand(grad_key, call.packed);
+    p.grad_value = operand(grad_value, call.packed);
+  }
   if (call.slack) {
     for (Tensor* grad : {&grad_query, &grad_key, &grad_value}) {
       std::memset(grad->data_ptr(), 0, static_cast<size_t>(grad->numel() * p.element_bytes()));
@@ -391,11 +398,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
   if (indices.dim() == 1) {
     p.axis = 0;
     call.set_token_masks(key_mask, query_mask);
-    if (whole_heads) {
+    if (key_grad && whole_heads && p.n_keys <= p.columns_at_once) {
       run(kernels().attention.dense_backward, p, slice_tasks(p.batch, p.kv_heads));
     } else {
       run(kernels().attention.dense_backward_rows, p, query_tasks(p));
-      run(kernels().attention.dense_backward_keys, p, key_tasks(p));
+      if (key_grad) run(kernels().attention.dense_backward_keys, p, key_tasks(p, p.columns_at_once));
     }
     if (bias_grad) {
       std::vector<Task> tasks;
@@ -412,7 +419,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
     call.use_lists(indices);
     std::optional<CrossLists> cross;
     if (axis == 1) cross.emplace(call);
-    if (axis == 0 && !bias_grad && whole_heads) {
+    if (axis == 0 && key_grad && !bias_grad && whole_heads) {
       run(kernels().attention.selected_backward, p, slice_tasks(p.batch, p.kv_heads));
     } else {
       const int64_t per_head = call.list_rows() * p.topk;
@@ -420,7 +427,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_backward(Tensor grad_o
       p.pair_weights = static_cast<float*>(pairs.data_ptr());
       p.pair_scores = p.pair_weights + pairs.size(1);
       run(kernels().attention.selected_backward_rows, p, query_tasks(p));
-      run(kernels().attention.selected_backward_keys, p, key_tasks(p));
+      if (key_grad) run(kernels().attention.selected_backward_keys, p, key_tasks(p));
       if (bias_grad) run(kernels().attention.selected_backward_mask, p, slice_tasks(p.mask_size[0], p.mask_size[1]));
     }
   }

@@ -81,7 +81,7 @@ class Call:
         grad_lse = torch.empty_like(lse) if self.lists else None
         backward.topk_attention_backward(
             torch.empty_like(out), grad_lse, query, key, value, out, lse, indices, axis, *masks, packed, seed, scale, p,
-            self.mask == "bias",
+            True, self.mask == "bias",
         )  # fmt: skip
 
 

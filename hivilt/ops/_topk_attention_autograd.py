@@ -75,7 +75,7 @@ def _backward(ctx, grad_out, grad_lse, saved, attn_mask_at: int):
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     args = (grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask, query_mask, cu_q, cu_k,
-            seed, scale, dropout_p, wanted[3])  # fmt: skip
+            seed, scale, dropout_p, wanted[1] or wanted[2], wanted[3])  # fmt: skip
     # A plain backward records nothing; under create_graph a second backward must fail loudly, not silently.
     grads = BackwardOnce.apply(*args, backend) if torch.is_grad_enabled() else run(BACKWARD, backend, args)
     return tuple(g if wanted[i] else None for i, g in enumerate(grads))

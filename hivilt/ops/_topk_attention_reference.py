@@ -94,7 +94,8 @@ def selected_attention(query, key, value, indices, axis, attn_mask, cu_seqlens_q
 
 
 def topk_attention_backward(grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask,
-                            query_mask, cu_seqlens_q, cu_seqlens_k, seed, scale, dropout_p, bias_grad):  # fmt: skip
+                            query_mask, cu_seqlens_q, cu_seqlens_k, seed, scale, dropout_p, key_grad,
+                            bias_grad):  # fmt: skip
     """Operator ``hivilt::topk_attention_backward`` without its backend argument."""
     sparse = indices.dim() > 1
     if sparse:  # the lists already honour every mask; a float bias still enters the scores
@@ -111,7 +112,7 @@ def topk_attention_backward(grad_out, grad_lse, query, key, value, out, lse, ind
         _attend_backward(part, lists, axis, scale, dropout_p, seed, upstream, grads, b)
     results = [grad_query]
     for wide, like in ((grad_key, key), (grad_value, value)):
-        results.append(_token_major(like, like.shape[3]).copy_(wide))
+        results.append(_token_major(like, like.shape[3]).copy_(wide) if key_grad else like.new_empty(0))
     results.append(grad_mask.to(attn_mask.dtype) if bias_grad else query.new_empty(0))
     return tuple(results)
 

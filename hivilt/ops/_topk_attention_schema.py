@@ -28,10 +28,11 @@ SCHEMAS = {
         "float scale, float dropout_p",
         "(Tensor out, Tensor lse)",
     ),
+    # key_grad: whether gradients of key and value are wanted; what is not wanted has the shape (0,).
     "topk_attention_backward": (
         "Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
         f"Tensor indices, int axis, Tensor? attn_mask, Tensor? key_mask, Tensor? query_mask, {_PACKED}Tensor? seed, "
-        "float scale, float dropout_p, bool bias_grad",
+        "float scale, float dropout_p, bool key_grad, bool bias_grad",
         "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
     ),
 }
@@ -85,7 +86,8 @@ def _fake_selected_attention(query, key, value, *_):
 
 def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, *rest):
     grad_bias = attn_mask.new_empty(attn_mask.shape) if rest[-1] else query.new_empty(0)
-    return *(_token_major(x, x.shape[3]) for x in (query, key, value)), grad_bias
+    of_keys = [_token_major(x, x.shape[3]) if rest[-2] else x.new_empty(0) for x in (key, value)]
+    return _token_major(query, query.shape[3]), *of_keys, grad_bias
 
 
 FAKES = {
@@ -118,10 +120,11 @@ def _flops_selected_attention(query, key, value, indices, *rest, out_shape=None,
 
 
 def _flops_backward(grad_out, grad_lse, query, key, value, out, lse, indices, *rest, out_shape=None, **_) -> int:
+    key_grad = rest[9]
     B, H, Q, D = query
     N, E = value[2:]
     kept = Q * N if len(indices) == 1 else indices[2] * indices[3]
-    return 2 * B * H * kept * (3 * D + 2 * E)  # scores again, dQ, dK; dP, dV
+    return 2 * B * H * kept * (2 * D + E + key_grad * (D + E))  # scores again, dQ, dP; dK, dV
 
 
 FLOPS = {

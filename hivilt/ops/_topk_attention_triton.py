@@ -102,13 +102,13 @@ def selected_attention(query, key, value, indices, axis, attn_mask, cu_seqlens_q
 
 def topk_attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask, query_mask, cu_seqlens_q,
-    cu_seqlens_k, seed, scale, dropout_p, bias_grad,
+    cu_seqlens_k, seed, scale, dropout_p, key_grad, bias_grad,
 ):  # fmt: skip
     """Operator ``hivilt::topk_attention_backward`` without its backend argument."""
     packed = _packed(query, key, cu_seqlens_q, cu_seqlens_k)
     return _backward_kernels().topk_attention_backward(
         grad_out, grad_lse, query, key, value, out, lse, indices, axis, attn_mask, key_mask, query_mask, packed, seed,
-        scale, dropout_p, bias_grad,
+        scale, dropout_p, key_grad, bias_grad,
     )  # fmt: skip
 
 

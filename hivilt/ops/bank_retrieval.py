@@ -45,7 +45,9 @@ def bank_retrieval(
         scale: of the scores in the softmax; a number, or a tensor of one element, which gets a gradient.
         count: rows from this one on are not valid; a number or an integer tensor of one element, never synchronised.
         mask: bool [M] or [B, M], True takes part.
-        exclude: a row that is not valid, -1 for none; a number, or an integer tensor [B], one for each query.
+        exclude: a row that is not valid, -1 for none; a number, or an integer tensor [B], one for each query.  A number
+            outside -1..M-1 raises; in a tensor on another device than the CPU, and in compiled code, where asking would
+            wait, it excludes nothing.
         precision: "exact" is the exact top-k of the float32 dot products, found by whatever is fastest: a pass in
             lower precision with a proven margin, whose survivors are scored again.  "fp32" computes every product in
             float32, with the same result.  "bf16" trusts the lower precision: fast and approximate.
@@ -305,8 +307,12 @@ def _check_bank(op, query, keys, values, scale, count, mask, exclude):
         if mask.device != query.device:
             refuse(ValueError, op, "mask", f"query's device {query.device}", mask)
     if exclude is not None:
-        exclude = _check_integers(op, "exclude", exclude, query, B)
-        if eager(query) and B and not bool(((exclude >= -1) & (exclude < M)).all()):
+        number, exclude = exclude, _check_integers(op, "exclude", exclude, query, B)
+        if not isinstance(number, Tensor):
+            inside = -1 <= number < M
+        else:  # elsewhere looking at the numbers would wait for the device
+            inside = not (exclude.is_cpu and eager(query)) or bool(((exclude >= -1) & (exclude < M)).all())
+        if not inside:
             refuse(ValueError, op, "exclude", f"values from -1 to {M - 1}", Said("one outside"))
     return query, keys, values, factor, scale, count, mask, exclude
 
