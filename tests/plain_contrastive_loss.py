@@ -46,11 +46,23 @@ class Case:
         B = r.choice((1, 2, 3, r.randint(1, 20), r.randint(30, 130), 47, 48, 49, 97))
         C = r.choice((1, 3, r.randint(1, 40), 16, 33, 64, 130, 257))
         kind = r.choice(("infonce", "infonce", "infonce", "siglip"))
-        R = r.choice((None, None, 1, 2, 5, 50)) if kind == "infonce" else None
+        R = r.choice((None, None, 1, 2, 5)) if kind == "infonce" else None
         symmetric = kind == "siglip" or r.random() < 0.6
         N = None if symmetric or r.random() < 0.4 else r.choice((1, 7, 100, 500))
-        return call(B, C, R, N, self.dtype, self.seed, kind, symmetric, r.random() < 0.4, r.choice((1.0, 14.3, 100.0)),
-                    r.choice((0.0, 0.5, 2.0)))  # fmt: skip
+        settings = (kind, symmetric, r.random() < 0.4, r.choice((1.0, 14.3, 100.0)), r.choice((0.0, 0.5, 2.0)))
+        for attempt in range(100):
+            x = call(B, C, R, N, self.dtype, self.seed + 1000 * attempt, *settings)
+            if apart(x):
+                return x
+        return call(B, C, None, N, self.dtype, self.seed, *settings)  # one number has only two directions
+
+
+def apart(x: dict) -> bool:
+    """Whether float32 can tell which query of an image is the nearest, for every text."""
+    if x["x"].dim() == 2 or x["x"].shape[1] == 1:
+        return True
+    top = (x["x"].double() @ x["y"].double().mT).topk(2, dim=1).values
+    return bool((top[:, 0] - top[:, 1]).min() > 1e-6)
 
 
 def leaves(x: dict) -> dict[str, Tensor]:
@@ -125,28 +137,32 @@ class Tally:
                 assert a <= factor * b, f"{name}: {what} error {a:.3f} u, plain PyTorch {b:.3f} u, allowed {factor}x"
 
 
-def close(x: dict, got: dict[str, Tensor], what: str = "") -> None:
+def close(x: dict, got: dict[str, Tensor], what: str = "", shares: float = 0.0) -> None:
     """Within what rounding of the logits and of the sums can do: a guard against anything that is simply wrong.
 
-    A logit is off by some u scale sqrt(C); so, relatively, is a probability, and with it every gradient.
+    A logit is off by some u scale sqrt(C); so, relatively, is a probability, and with it every gradient.  shares: the
+    roundoff of the gradients of logits where they are rounded too, before they meet x and y.
     """
     true = truth(x)
     u = t.UNIT[torch.float64 if x["x"].dtype == torch.float64 else torch.float32]
     noise = 4 * u * (float(x["logit_scale"]) + 8) * (1 + x["x"].shape[-1] ** 0.5)
     for name, value in true.items():
-        last = t.UNIT[got[name].dtype]
+        last, extra = t.UNIT[got[name].dtype], 0.0
         size = float(value.abs().max()) if value.numel() else 0.0
         if name == "logit_scale":  # a sum of terms of both signs, each at most one
             size = 2.0
         elif name == "logit_bias":
-            size = 2.0 * (1 if x["kind"] == "infonce" else len(x["y"]))
+            size = 2.0 + size
         elif name == "loss":
             size += 1.0
         else:  # shares of the pairs cancel where a probability is almost 1
             size += float(x["logit_scale"]) / len(x["x"])
-        limit = noise * size + 2 * last * value.abs() + 1e-30
+            extra = shares * size
+        limit = noise * size + extra + 2 * last * value.abs() + 1e-30
         error = (got[name].double() - value).abs()
-        assert (error <= limit).all(), f"{what}: {name}: error {float(error.max()):.3g}, allowed {float(limit.min()):.3g}"
+        assert (error <= limit).all(), (
+            f"{what}: {name}: error {float(error.max()):.3g}, allowed {float(limit.min()):.3g}"
+        )
 
 
 def representative(name: str, device: str = "cpu") -> list[tuple]:

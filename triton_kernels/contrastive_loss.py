@@ -148,7 +148,7 @@ def _contrast_merge_kernel(
             total = total * tl.exp(top - base) + more * tl.exp(tl.where(other == new, 0.0, other - base))
             top = new
     if LAST:
-        tl.store(out + i, total if SIGLIP else top + tl.log(total), mask=ok)
+        tl.store(out + i, total if SIGLIP else top + tl.log(tl.where(ok, total, 1.0)), mask=ok)
     else:
         tl.store(running + i * 2, top, mask=ok)
         tl.store(running + i * 2 + 1, total, mask=ok)

@@ -14,7 +14,7 @@ from . import launch as launching
 from .fusion_tiles import Tile, power
 
 # works in float32 -> tile: rows of x, columns, channels.
-TILES = {False: Tile(64, 128, 64, 8, 2), True: Tile(64, 64, 16, 4, 2)}
+TILES = {False: Tile(64, 128, 64, 8, 2), True: Tile(32, 64, 16, 4, 2)}
 PROGRAMS = 264  # that a pass is split into, if it has tiles for so many
 PART_BYTES = 64 << 20  # of column parts in memory at a time
 LEAST_SLICE = 1024  # columns of a slice; otherwise as many as there are channels
@@ -26,7 +26,8 @@ def _cdiv(a: int, b: int) -> int:
 
 def _tile(x: Tensor, images: int, columns: int) -> Tile:
     tile = TILES[x.dtype == torch.float32]
-    return tile._replace(rows=min(tile.rows, power(images)), cols=min(tile.cols, power(columns)),
+    rows = tile.rows // 2 if x.shape[1] > 1 else tile.rows  # the best so far and which it is lie beside the next
+    return tile._replace(rows=min(rows, power(images)), cols=min(tile.cols, power(columns)),
                          inner=min(tile.inner, power(x.shape[-1])))  # fmt: skip
 
 

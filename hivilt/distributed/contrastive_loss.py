@@ -1,8 +1,8 @@
 """The contrastive loss of a batch that is spread over the ranks of a process group.
 
 Each rank multiplies its own rows of x with every row of y, once: that gives its row log-sum-exps, and a part of every
-column's, which the ranks join.  Backward gives the gradient of its x, and parts of the gradient of every y, which travel
-to their ranks and are added in rank order.  No rank holds logits, and no matrix of B x B/W numbers exists anywhere.
+column's, which the ranks join.  Backward gives the gradient of its x, and parts of the gradient of every y, which
+travel to their ranks and are added in rank order.  No matrix of B x B/W logits exists anywhere.
 """
 
 from __future__ import annotations

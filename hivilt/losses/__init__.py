@@ -1,4 +1,4 @@
-"""Losses of vision-language training: contrastive without the matrix of all pairs, matching, distillation, their sum."""
+"""Losses of vision-language training: contrastive without the matrix of all pairs, matching, distillation."""
 
 from .contrastive_loss import contrastive_loss, itc_loss
 from .distillation import distillation_loss

@@ -22,8 +22,8 @@ def distillation_loss(
 ) -> Tensor:
     """(1 - alpha) CE(cls_logits, labels) + alpha D, where D is of the distillation head.
 
-    "hard": D = CE(distillation_logits, argmax teacher_logits).  "soft" (arXiv 1503.02531): D = tau^2 times the mean over
-    samples of KL(softmax(teacher / tau) || softmax(distillation / tau)).
+    "hard": D = CE(distillation_logits, argmax teacher_logits).  "soft" (arXiv 1503.02531): D = tau^2 times the mean
+    over samples of KL(softmax(teacher / tau) || softmax(distillation / tau)).
 
     Args:
         cls_logits, distillation_logits, teacher_logits: [B, K]; the teacher gets no gradient.

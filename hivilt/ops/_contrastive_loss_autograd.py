@@ -23,14 +23,16 @@ class ContrastiveLoss(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, scale, ctx.factor, bias, ctx.offset, labels, _, ctx.kind, backend = inputs
+        x, y, scale, ctx.factor, bias, ctx.offset, labels, ctx.columns, ctx.kind, backend = inputs
         ctx.backend = backend.name if isinstance(backend, Row) else backend  # of forward; backward has rows of its own
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, y, scale, bias, labels, *output[:2])
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, of_rows, of_columns, of_target):
         needs = ctx.needs_input_grad
+        # A compiled graph passes zeros for what nobody used, empty ones for what is not there.
+        grads = (of_rows, of_columns if ctx.columns else None, of_target if ctx.kind == "infonce" else None)
         if all(g is None for g in grads):
             return (None,) * len(needs)
         x, y, scale, bias, labels, row_lse, column_lse = ctx.saved_tensors

@@ -24,6 +24,13 @@ def _own(labels: Tensor | None, x: Tensor) -> Tensor:
     return torch.arange(x.shape[0], device=x.device) if labels is None else labels
 
 
+def _log_sum(s: Tensor, dim: int) -> Tensor:
+    """NaN where a logit is infinite, as the softmax of cross_entropy has it; torch.logsumexp gives infinity."""
+    top = s.amax(dim, keepdim=True)
+    base = torch.where(top == float("-inf"), 0.0, top)
+    return (base + (s - base).exp().sum(dim, keepdim=True).log()).squeeze(dim)
+
+
 def contrastive_loss(x, y, scale, factor, bias, offset, labels, columns, kind):
     a, b = _numbers(scale, factor, bias, offset)
     own, wide = _own(labels, x), y.double()
@@ -36,9 +43,9 @@ def contrastive_loss(x, y, scale, factor, bias, offset, labels, columns, kind):
         if kind == "siglip":
             row_lse[rows] = torch.nn.functional.softplus(s.scatter(1, at, -s.gather(1, at))).sum(1)
             continue
-        row_lse[rows], target[rows] = s.logsumexp(1), s.gather(1, at)[:, 0]
+        row_lse[rows], target[rows] = _log_sum(s, 1), s.gather(1, at)[:, 0]
         if columns:
-            column_lse = torch.logaddexp(column_lse, s.logsumexp(0))
+            column_lse = torch.logaddexp(column_lse, _log_sum(s, 0))
     return row_lse, column_lse, target
 
 

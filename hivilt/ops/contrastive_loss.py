@@ -35,9 +35,10 @@ def contrastive_loss(
 ) -> Tensor:
     """The contrastive loss of pairs x_i, y_i: CLIP's, one direction of it, or SigLIP's.
 
-    Logits are logit_scale <x_i, y_j> + logit_bias, of x [B, R, C] the largest over the R queries of an image.  "infonce"
-    is the mean over i of logsumexp_j s_ij - s_ii, with ``symmetric`` averaged with the same over columns; "siglip" is
-    the sum over all pairs of log(1 + exp(-+s_ij)) over B.  They equal open_clip's ClipLoss and SigLipLoss.
+    Logits are logit_scale <x_i, y_j> + logit_bias, with x [B, R, C] of the largest product over the R queries of an
+    image.  "infonce" is the mean over i of logsumexp_j s_ij - s_ii, with ``symmetric`` averaged with the same over
+    columns; "siglip" is the sum over all pairs of log(1 + exp(-s_ij)) where i = j and log(1 + exp(s_ij)) elsewhere,
+    over B.  They equal open_clip's ClipLoss and SigLipLoss.
 
     Args:
         x: float32, bfloat16, float16 or float64 [B, C] or (infonce) [B, R, C], any strides, normalised by the caller.
