@@ -22,7 +22,7 @@ from stopwatch import stopwatch
 import hivilt
 
 BASELINES = (
-    "eager", "permute", "compile", "deterministic", "sdpa", "flash", "cudnn", "faiss", "faiss_blas", "floor", "gemm",
+    "eager", "permute", "compile", "chunked", "deterministic", "sdpa", "flash", "cudnn", "faiss", "faiss_blas", "floor", "gemm",
     "copy", "hivilt_fp32", "normal",
 )  # fmt: skip
 Case = Any  # of any module that family.py knows to ask

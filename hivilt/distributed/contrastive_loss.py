@@ -114,6 +114,9 @@ class GroupLoss(Function):
         args = (x, every, scale, call.factor, bias, call.offset, labels, call.kind, row_lse, column_lse, of_rows,
                 of_columns, of_target, needs[0], needs[1])  # fmt: skip
         of_x, of_y, of_scale, of_bias = run(BACKWARD, call.backend, args)
+        if call.kind == "infonce":
+            # Of all ranks together it is 0; the operator's share of it counts every column as whole.
+            of_bias = 0.0 * of_bias
         if needs[1]:
             mine = call.rows[exchange.rank]
             with exchange.call("backward"):
@@ -142,8 +145,8 @@ def _header(args: tuple) -> dict[str, int]:
         "kind": KINDS.index(kind),
         "symmetric": int(columns),
         "records": sum(bit << i for i, bit in enumerate(wants)),
-        "scale": bits(factor if scale is None else float(scale)),
-        "bias": bits(offset if bias is None else float(bias)),
+        "scale": bits(factor if scale is None else float(scale.detach())),
+        "bias": bits(offset if bias is None else float(bias.detach())),
     }
 
 
