@@ -67,8 +67,14 @@ def test_close_refuses_a_wrong_result():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiny(where, dtype):
     backend, device = where
-    for settings in ({}, {"R": 3, "bias": True}, {"N": 9, "symmetric": False}, {"kind": "siglip", "bias": True}):
-        x = plain.call(5, 6, dtype=dtype, seed=3, **settings)
+    for settings in (
+        {},
+        {"R": 3, "bias": True},
+        {"N": 9, "symmetric": False},
+        {"kind": "siglip", "bias": True},
+        {"C": 0},
+    ):
+        x = plain.call(**{"B": 5, "C": 6} | settings, dtype=dtype, seed=3)
         plain.close(x, run(x, backend, device), str(settings), rounding(backend, dtype))
 
 

@@ -109,7 +109,7 @@ def contrastive_loss_backward(x, y, scale, factor, bias, offset, labels, kind, r
         # (gradient, its rows, summed over, strides of pairs, the other side, its first row, added to what is there)
         rows = (of_rows, B * R, some, (width, 1), sides[1], first, i > 0) if x_grad else None
         cols = (grad_y[first:], some, B * R, (1, width), sides[0], 0, False) if y_grad else None
-        for out, n, terms, strides, other, begin, more in filter(None, (rows, cols)):
+        for out, n, terms, strides, other, begin, more in filter(None, (rows, cols) if C else ()):
             block, steps = min(64, power(n)), min(inner.inner, power(terms))
             launching.launch(
                 kernels._contrast_product_kernel, _cdiv(n, block) * _cdiv(C, wide),
