@@ -22,8 +22,8 @@ from stopwatch import stopwatch
 import hivilt
 
 BASELINES = (
-    "eager", "permute", "compile", "deterministic", "sdpa", "flash", "cudnn", "faiss", "faiss_blas", "floor", "gemm",
-    "copy", "hivilt_fp32", "normal",
+    "eager", "permute", "compile", "chunked", "deterministic", "sdpa", "flash", "cudnn", "faiss", "faiss_blas", "floor",
+    "gemm", "copy", "hivilt_fp32", "normal",
 )  # fmt: skip
 Case = Any  # of any module that family.py knows to ask
 

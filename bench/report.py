@@ -17,14 +17,14 @@ from typing import Any
 import gpu_targets
 
 ORDER = (
-    "eager", "permute", "compile", "deterministic", "flex", "sdpa_masked", "efficient_masked", "cudnn_masked",
-    "math_masked", "sdpa", "flash", "efficient", "cudnn", "math", "faiss", "faiss_blas", "hivilt_fp32", "hivilt_bf16",
-    "hivilt", "floor", "gemm", "copy",
+    "eager", "permute", "compile", "chunked", "deterministic", "flex", "sdpa_masked", "efficient_masked",
+    "cudnn_masked", "math_masked", "sdpa", "flash", "efficient", "cudnn", "math", "faiss", "faiss_blas", "hivilt_fp32",
+    "hivilt_bf16", "hivilt", "floor", "gemm", "copy",
 )  # fmt: skip
 FLOORS = ("floor", "gemm", "copy")  # parts of an operation, or as many bytes
 # first words of titles
-FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval", "HiViT",
-            "HiViLT")  # fmt: skip
+FAMILIES = ("topk_attention", "scale_fusion", "interpolate_add", "segformer", "token_pool", "bank_retrieval",
+            "contrastive_loss", "HiViT", "HiViLT")  # fmt: skip
 MARKS = "<!-- {}: {} -->", "<!-- end of benchmarks -->"
 
 # What the kernels are to reach on two cores: shape -> (forward, forward+backward) -> times faster than (eager, sdpa).
@@ -43,6 +43,7 @@ FUSION_TARGETS = (
       for shape in FUSION_SHAPES),
     ("interpolate_add inference B4-n784-N3136-C192", 5), ("segformer inference B1-B0-512x512", 3),
     ("segformer inference B1-B5-512x512", 3), ("token_pool inference B8-N3136-C192", 3.5),
+    ("contrastive_loss forward+backward B4096-C512", 1.3),
 )  # fmt: skip
 BANK_SHAPES = ("B64-M10000-C192-top100", "B256-M100000-C192-top100", "B1024-M100000-C256-top100")
 # (direction, who of us, against whom, the goal of each shape; at most so many times as long against the floor)

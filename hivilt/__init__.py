@@ -1,8 +1,10 @@
 """Fast kernels for hierarchical vision-language transformers in PyTorch.
 
-    hivilt.ops          functions: topk_attention, scale_fusion, token_pool, bank_retrieval and what belongs to them
+    hivilt.ops          functions: topk_attention, scale_fusion, token_pool, bank_retrieval, contrastive_loss and what
+                        belongs to them
     hivilt.nn           modules that replace plain ones
     hivilt.models       models made of them
+    hivilt.losses       contrastive, matching and distillation losses
     hivilt.distributed  a feature bank whose rows are spread over many processes
     hivilt.accelerate   swaps the modules of a model for those; hivilt.restore undoes it
     hivilt.reference    the same mathematics in plain PyTorch
@@ -20,7 +22,9 @@ from ._backends import BackendError, explain, last_backend, use_backend
 from .ops import selected_attention, topk_attention, topk_attention_varlen, topk_select
 
 _LAZY = {"accelerate": "swap", "restore": "swap", "Report": "swap"}
-_ROOMS = ("demo", "distributed", "info", "integrations", "models", "nn", "swap", "testing", "triton_kernels")
+_ROOMS = (
+    "demo", "distributed", "info", "integrations", "losses", "models", "nn", "swap", "testing", "triton_kernels",
+)  # fmt: skip
 
 __all__ = [
     "BackendError",

@@ -383,6 +383,8 @@ class Ranks:
     """``size`` processes with a gloo group; ``run`` makes all of them do one check.  After one that killed some of them
     new ones are started."""
 
+    serve = staticmethod(serve)
+
     def __init__(self, size: int, folder):
         self.size, self.folder, self.starts = size, folder, 0
         self.start()
@@ -394,7 +396,7 @@ class Ranks:
         store = str(self.folder / f"store{self.starts}")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, self.size, store, there), daemon=True)
+            process = context.Process(target=self.serve, args=(rank, self.size, store, there), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)

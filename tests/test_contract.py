@@ -5,6 +5,7 @@ import itertools
 import math
 
 import plain_bank
+import plain_contrastive_loss
 import plain_scale_fusion
 import plain_token_pool
 import pytest
@@ -67,7 +68,7 @@ def representative(name: str, device: str) -> list[tuple]:
         ]
     if name == "bank_push_":  # one implementation, for every device
         return plain_bank.representative(name, device)
-    others = {"token_pool": plain_token_pool, "bank": plain_bank}
+    others = {"token_pool": plain_token_pool, "bank": plain_bank, "contrastive": plain_contrastive_loss}
     other = next((module for stem, module in others.items() if name.startswith(stem)), plain_scale_fusion)
     return [(*args, *backend) for args in other.representative(name, device)]
 

@@ -3,6 +3,7 @@
 
 #include "core/attention_problem.h"
 #include "core/bank_problem.h"
+#include "core/contrast_problem.h"
 #include "core/fusion_problem.h"
 #include "core/pool_problem.h"
 
@@ -14,6 +15,7 @@ struct KernelTables {
   FusionKernels fusion;
   PoolKernels pool;
   BankKernels bank;
+  ContrastKernels contrast;
 };
 
 }  // namespace hivilt

@@ -31,10 +31,10 @@ class Exchange:
     ``received`` holds, for the last call of each operation, the bytes that came from other ranks in each phase.
     """
 
-    def __init__(self, group: Any, timeout: float | None):
+    def __init__(self, group: Any, timeout: float | None, owner: str = "ShardedFeatureBank"):
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
-        self.group, self.timeout = group, timeout
+        self.group, self.timeout, self.owner = group, timeout, owner
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.received: dict[str, dict[str, int]] = {}
@@ -55,7 +55,7 @@ class Exchange:
         """All collectives inside share one deadline.  What fails while a payload is under way fails the group: the
         other ranks are in the middle of it, and the next header would meet their payload."""
         if self._failure is not None:
-            raise ShardError(f"ShardedFeatureBank.{operation}: the process group failed before: {self._failure}")
+            raise ShardError(f"{self.owner}.{operation}: the process group failed before: {self._failure}")
         self._operation = operation
         self._deadline = None if self.timeout is None else time.monotonic() + self.timeout
         self.received[operation] = {}
@@ -146,7 +146,7 @@ class Exchange:
                 f"rank {self.rank} of {self.size}: {phase}: not every rank answered within {limit}, or one is gone "
                 f"({str(error).strip().splitlines()[0][:300]})"
             )
-            raise ShardError(f"ShardedFeatureBank.{self._operation}: {self._failure}") from error
+            raise ShardError(f"{self.owner}.{self._operation}: {self._failure}") from error
 
 
 def _bytes(x: Tensor) -> Tensor:

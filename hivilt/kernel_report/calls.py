@@ -13,6 +13,7 @@ from ..triton_kernels import topk_attention_backward_launch as backward
 from ..triton_kernels import topk_attention_launch as topk_attention
 from ..triton_kernels.topk_attention_plan import Packed
 from .bank_calls import Bank, bank_calls
+from .contrastive_calls import Contrast, contrastive_calls
 from .fusion_calls import DTYPES, Fusion, Interpolation, Pool, fusion_calls
 
 
@@ -92,7 +93,7 @@ DENSE = replace(FINE, topk=-1)
 KINDS = (FINE, LONG, DENSE)
 
 
-def calls() -> Iterator[Call | Fusion | Interpolation | Pool | Bank]:
+def calls() -> Iterator[Call | Fusion | Interpolation | Pool | Bank | Contrast]:
     """The table; what is told apart first comes first."""
     for dtype in DTYPES:
         yield from (replace(call, dtype=dtype) for call in (FINE, SHORT, LONG, DENSE))
@@ -131,3 +132,4 @@ def calls() -> Iterator[Call | Fusion | Interpolation | Pool | Bank]:
 
     yield from fusion_calls()
     yield from bank_calls()
+    yield from contrastive_calls()

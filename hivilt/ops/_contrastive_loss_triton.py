@@ -1,0 +1,21 @@
+"""The Triton rows of family D; what they refuse is what those of scale fusion refuse."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+from .._backends import Row
+from ._scale_fusion_triton import why_not
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from ..triton_kernels import contrastive_loss_launch
+
+    return contrastive_loss_launch
+
+
+def row(name: str) -> Row:
+    """Of operator ``hivilt::<name>``, whose arguments without the backend it takes."""
+    return Row("triton", why_not, lambda *args: getattr(_kernels(), name)(*args))
