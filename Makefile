@@ -27,8 +27,8 @@ setup dev: $(BUILD) ## create .venv, install everything, build; again: compile w
 demo: $(BUILD) ## the main job: swap a plain PyTorch model's layers and show speed, memory and equality
 	@$(BIN)/python -m hivilt.demo
 
-test: $(BUILD) ## all tests
-	@$(BIN)/pytest -q
+test: $(BUILD) ## all tests, in two processes
+	@$(BIN)/pytest -q --numprocesses=2 --dist=worksteal
 
 bench: $(BUILD) ## benchmarks -> JSON, table and plot under bench/results
 	@mkdir -p $(dir $(BENCH_JSON))
