@@ -14,18 +14,10 @@ from results import SEEDS, options, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hivilt.losses import contrastive_loss
 from hivilt.train.data import COLORS, GRID, SHAPES, Scenes, generator, render
 from hivilt.train.loop import learned, rate_at
 from hivilt.train.model import FEATURES, PLACE, PatchEncoder
-
-try:
-    from hivilt.losses import contrastive_loss
-except ImportError:  # the same loss with the B x B matrix written out
-
-    def contrastive_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
-        logits, target = logit_scale * x @ y.T, torch.arange(len(x))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
 
 # (shape, colour, shape, colour) of every caption; the two objects share neither shape nor colour
 CAPTIONS = torch.tensor([
