@@ -1,4 +1,4 @@
-"""Feature banks whose rows are spread over the ranks of a process group."""
+"""Work that is spread over the ranks of a process group: feature banks, and contrastive losses of a shared batch."""
 
 from .bank_retrieval import ShardedFeatureBank
 from .exchange import ShardError
