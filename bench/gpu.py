@@ -34,11 +34,12 @@ PARITY = [f"{FAMILY}{part}.py" for part in ("", "_masks", "_special", "_varlen",
 PARITY += [f"tests/test_scale_fusion{part}.py" for part in ("", "_interpolate", "_dropout", "_special", "_autograd")]
 PARITY += ["tests/test_token_pool.py"]
 PARITY += [f"tests/test_bank_retrieval{part}.py" for part in ("", "_exact", "_autograd")]
+PARITY += ["tests/test_contrastive_loss.py"]
 # Of every family, and of a rehearsal's least the one race that is run.
 RACES = {
     "topk_attention": "bench_topk_attention_forward and not backward and Q19",
     "scale_fusion": "bench_scale_fusion_inference", "token_pool": "inference",
-    "bank_retrieval": "bench_bank_retrieval_forward and not backward",
+    "bank_retrieval": "bench_bank_retrieval_forward and not backward", "contrastive_loss": "forward and not backward",
 }  # fmt: skip
 SMALLEST = [sys.executable, "bench/gpu_calls.py"]
 CALL_DTYPES = "float32", "bfloat16"
@@ -235,6 +236,7 @@ STEPS: dict[str, tuple[Callable[[Session, float], Outcome], int, bool]] = {
     "scale_fusion": (races("scale_fusion"), 60, False),
     "token_pool": (races("token_pool"), 20, False),
     "bank_retrieval": (races("bank_retrieval"), 60, False),
+    "contrastive_loss": (races("contrastive_loss"), 40, False),
     "overhead": (overhead, 35, False),
 }
 

@@ -52,6 +52,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, dict]]:
 
     yield from fusion_calls(dtype)
     yield from bank_calls(dtype)
+    yield from loss_calls(dtype)
 
 
 def draw(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -83,8 +84,16 @@ def bank_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, dict]]:
     yield "a bank of equal rows", ops.bank_retrieval, equal
 
 
+def loss_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, dict]]:
+    """Of family D."""
+    queries, texts = draw(dtype, (20, 3, 12), (20, 12))
+    scale = torch.full((), 2.0, device=DEVICE)
+    yield "pairs, both ways", ops.contrastive_loss, {"x": queries[:, 0], "y": texts, "logit_scale": scale}
+    yield "pairs of the nearest query", ops.contrastive_loss, {"x": queries, "y": texts, "logit_scale": scale}
+
+
 WITH_GRADIENTS = ("query", "key", "value", "keys", "features", "weight", "bias", "x", "y", "scale", "proj_weight",
-                  "proj_bias", "score_weight", "score_bias", "pool_weights")  # fmt: skip
+                  "proj_bias", "score_weight", "score_bias", "pool_weights", "logit_scale")  # fmt: skip
 
 
 def run(op: Any, arguments: dict) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ def test_rehearsal(tmp_path):
     assert list(steps) == [name for name in gpu.STEPS if name != "build"]
     assert {name: step["outcome"] for name, step in steps.items()} == {
         "parity": "passed", "tests": "passed", "memcheck": "skipped", "benchmarks": "passed", "scale_fusion": "passed",
-        "token_pool": "passed", "bank_retrieval": "passed", "overhead": "passed",
+        "token_pool": "passed", "bank_retrieval": "passed", "contrastive_loss": "passed", "overhead": "passed",
     }, done.stdout  # fmt: skip
     assert steps["parity"]["counts"]["passed"] > 0 and steps["tests"]["counts"]["passed"] > 1
     assert "never started: none" in steps["memcheck"]["why"][0]  # compute-sanitizer would see every kernel
