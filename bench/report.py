@@ -340,7 +340,9 @@ def possible(results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> bool:
-    """Times and memory of the three shapes as bars; False without matplotlib."""
+    """Times and memory of attention on the three shapes as bars; False without matplotlib, or without attention."""
+    if not any(group.startswith("topk_attention") for group in results.groups):
+        return False
     try:
         import matplotlib
     except ImportError:
@@ -439,7 +441,11 @@ def only_targets(results: Results, name: str) -> str:
     return summary(results)
 
 
-FORMS = {"benchmarks": for_readme, "targets": only_targets}  # what a mark in the README asks for
+def only_times(results: Results, name: str) -> str:
+    return times(results)
+
+
+FORMS = {"benchmarks": for_readme, "targets": only_targets, "times": only_times}  # what a mark in the README asks for
 
 
 def marked(text: str) -> list[re.Match]:
@@ -474,7 +480,8 @@ def main() -> None:
         into_readme(asked.readme, results, asked.results.name)
     print(text)
     print(
-        f"written: {asked.results.with_suffix('.md')}" + (f", {picture}" if drawn else "; no plot without matplotlib")
+        f"written: {asked.results.with_suffix('.md')}"
+        + (f", {picture}" if drawn else "; no plot: no attention, or no matplotlib")
     )
 
 
