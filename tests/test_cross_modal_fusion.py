@@ -157,6 +157,18 @@ def test_local_fusion_equals_its_formula(room, options):
 
 
 @ROOMS
+def test_rows_of_length_one_in_half_precision(room):
+    """A row of zeros, which every masked one is, divides by no length that float16 cannot hold."""
+    module = local(room, input_norm="l2", dtype=torch.float16)
+    v, t, patches, words = inputs()
+    out = module(x := v.half().requires_grad_(), y := t.half().requires_grad_(), patches, words)
+    out.float().square().sum().backward()
+    assert all(z.grad.isfinite().all() for z in (x, y, *module.parameters()))
+    expected = local_truth(copy.deepcopy(module).double(), v.half().double(), t.half().double(), patches, words)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2)  # of numbers up to 8, in steps of 2^-8
+
+
+@ROOMS
 @EVERY
 def test_every_parameter_learns(room, options):
     module = local(room, **options)

@@ -104,6 +104,46 @@ def test_padding_and_empty_rows(cls, topk, axis):
     assert torch.equal(ours(*x, **call)[0], out)
 
 
+@pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
+@pytest.mark.parametrize("options", [{}, {"topk": 4}, {"topk": 4, "axis": "queries", "select": "raw"}], ids=str)
+@pytest.mark.parametrize("layout", ["batch-first", "sequence-first", "one-sample"])
+@pytest.mark.parametrize("cls", [Plain, Fast], ids=["plain", "fast"])
+def test_padding_reaches_no_gradient(cls, layout, options, need_weights):
+    """In the gradient of a projection what padding holds meets a factor of 0, which NaN and infinity survive."""
+    ours = built(cls, batch_first=layout == "batch-first", **options)
+    keys, queries = torch.arange(S) < torch.tensor([[S], [6], [9]]), torch.arange(L) < torch.tensor([[L], [L], [4]])
+    query, key, value = tokens(ours)
+    if layout == "one-sample":
+        query, key, value, keys, queries = query[:, 2], key[:, 2], value[:, 2], keys[2], queries[2]
+    grads = []
+    for poison in (0.5, math.nan, math.inf):
+        first = layout == "sequence-first"
+        q, k, v = (
+            x.masked_fill(~(keep.T if first else keep)[..., None], poison)
+            for x, keep in ((query, queries), (key, keys), (value, keys))
+        )
+        ours.zero_grad()
+        x = [t.requires_grad_() for t in (q, k, v)]
+        out, weights = ours(*x, ~keys, need_weights, query_padding_mask=~queries)
+        (out.sin().sum() + (weights.square().sum() if need_weights else 0.0)).backward()
+        grads.append([out.detach(), *(t.grad.clone() for t in (*x, *ours.parameters()))])
+    for clean, poisoned, infinite in zip(*grads, strict=True):
+        assert torch.equal(clean, poisoned) and torch.equal(clean, infinite)
+
+
+@pytest.mark.parametrize("cls", [Plain, Fast], ids=["plain", "fast"])
+def test_dense_probabilities_do_not_read_padding(cls):
+    """They are torch's, whose own products would keep a NaN under the mask."""
+    ours = built(cls, batch_first=True)
+    query, key, value = tokens(ours)
+    padding = torch.arange(S) >= torch.tensor([[S], [6], [9]])
+    expected = ours(query, key, value, padding, need_weights=True)
+    key[padding], value[padding] = math.nan, math.inf
+    with torch.no_grad():
+        found = ours(query, key, value, padding, need_weights=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize("options", CONSTRUCTIONS.values(), ids=CONSTRUCTIONS)
 @pytest.mark.parametrize("topk, axis, select", [(None, "keys", "scores"), (4, "queries", "scores"), (4, "keys", "raw")])
 def test_fast_equals_plain(options, topk, axis, select):

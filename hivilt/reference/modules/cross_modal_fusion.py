@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._bank_reading import unit
 from ._checks import check_choice, check_dropout, check_mask, check_size, check_tensor, refuse
 from ._config import REQUIRED, read_config
 from .token_pool import POOLS, AdaptiveGlobalPooling
@@ -135,7 +135,7 @@ class LocalFusionModule(nn.Module):
         if self.input_norm == "layernorm":
             v, t = self.vision_norm(v), self.text_norm(t)
         elif self.input_norm == "l2":
-            v, t = F.normalize(v, dim=-1), F.normalize(t, dim=-1)
+            v, t = (unit(x).to(x.dtype) for x in (v, t))
         seen = attend(self.v2t_attn, v, t, patches, words), attend(self.t2v_attn, t, v, words, patches)
         rows, seen = torch.cat([v, t], 1), torch.cat(seen, 1)
         rows = rows + (self._fuse(rows, seen) if self.apply_fusion else seen)

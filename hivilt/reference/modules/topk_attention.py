@@ -126,7 +126,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 from another (axis="queries") and gives ``out_proj.bias``.
 
         Returns:
-            (output, probabilities or None).  Keys under key_padding_mask may hold anything, NaN included.
+            (output, probabilities or None).  Keys and queries under a bool padding mask may hold anything, NaN
+            included: it reaches neither results nor gradients.
 
         Raises:
             ValueError, TypeError: a malformed call, with ``topk``.  Without it: torch's own exceptions.
@@ -144,6 +145,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 )
             return self._forward_nested(query, key, value, masks, need_weights)
         malformed = self._malformed(query, key, value, *masks, need_weights, is_causal)
+        if not malformed and (need_weights or torch.is_grad_enabled()):
+            query, key, value = self._blank(query, key, value, key_padding_mask, query_padding_mask)
         weights_of_torch = need_weights and self.topk is None and query_padding_mask is None
         if weights_of_torch or (malformed and self.topk is None):
             if attn_mask is not None and not malformed:
@@ -194,6 +197,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return out if batched else out.squeeze(0), weights
 
     # The projections.
+
+    def _blank(self, query, key, value, key_padding_mask, query_padding_mask) -> list[Tensor]:
+        """Zeros in place of padding, which in the gradients of the projections, and where torch makes the weights,
+        meets factors of 0: NaN would stay NaN.  Inputs that are one tensor under one mask stay one."""
+        blanked: dict[tuple[int, int], Tensor] = {}
+        masks = query_padding_mask, key_padding_mask, key_padding_mask
+        for x, padding in zip((query, key, value), masks, strict=True):
+            if padding is not None and padding.dtype == torch.bool and (id(x), id(padding)) not in blanked:
+                rows = padding if self.batch_first or x.dim() == 2 else padding.T
+                blanked[id(x), id(padding)] = torch.where(rows[..., None], 0.0, x)
+        return [blanked.get((id(x), id(m)), x) for x, m in zip((query, key, value), masks, strict=True)]
 
     def _batch_first(self, x: Tensor) -> Tensor:
         """[B, T, C] of any input layout."""
