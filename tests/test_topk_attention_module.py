@@ -267,3 +267,33 @@ def test_restore_leaves_options_of_other_modules_alone():
     hivilt.accelerate(model)
     hivilt.restore(model)
     assert type(model["bank"]) is FeatureBank and model["bank"].topk == 3
+
+
+@pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
+@pytest.mark.parametrize("topk", [None, 4])
+@pytest.mark.parametrize("cls", [Plain, Fast], ids=["plain", "fast"])
+def test_what_is_done_to_out_proj_counts(cls, topk, need_weights):
+    """A hook fires, and a layer put in its place computes; torch's module would only read its weight."""
+    ours = built(cls, topk=topk)
+    x = tokens(ours)
+    out, weights = ours(*x, need_weights=need_weights)
+    handle = ours.out_proj.register_forward_hook(lambda module, args, result: 2 * result)
+    found = ours(*x, need_weights=need_weights)
+    close(found[0], 2 * out)
+    assert (found[1] is None) == (weights is None)
+    if need_weights:
+        close(found[1], weights)
+    handle.remove()
+
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.more = base, nn.Linear(E, E, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.more(x)
+
+    ours.out_proj = Adapted(ours.out_proj)
+    with torch.no_grad():
+        ours.out_proj.more.weight.copy_(ours.out_proj.base.weight)
+    close(ours(*x, need_weights=need_weights)[0], 2 * out - ours.out_proj.base.bias)

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ..topk_attention import allowed, pairs, topk_attention
 from ._checks import refuse
+from ._inner import Inner, why_changed
 
 INF = float("inf")
 AXES = ("keys", "queries")
 SELECT = ("scores", "raw")
 NAME = "MultiheadAttention"
+LINEARS = torch.nn.modules.linear.NonDynamicallyQuantizableLinear, torch.nn.Linear  # what out_proj is built as
 
 
 def check_options(topk: Any, axis: Any, select: Any, where: str = NAME) -> None:
@@ -148,6 +150,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not malformed and (need_weights or torch.is_grad_enabled()):
             query, key, value = self._blank(query, key, value, key_padding_mask, query_padding_mask)
         weights_of_torch = need_weights and self.topk is None and query_padding_mask is None
+        if weights_of_torch:  # which reads the weight of out_proj and does not call it
+            weights_of_torch = not why_changed([Inner("out_proj", self.out_proj, LINEARS)])
         if weights_of_torch or (malformed and self.topk is None):
             if attn_mask is not None and not malformed:
                 attn_mask = self._in_torch_shape(attn_mask, query, key)
@@ -193,7 +197,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = out.transpose(1, 2).reshape(B, L, self.embed_dim)
         else:
             out = out.permute(2, 0, 1, 3).reshape(L, B, self.embed_dim)
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = self.out_proj(out)  # called, unlike in torch's: hooks fire, and another layer in its place computes
         return out if batched else out.squeeze(0), weights
 
     # The projections.
@@ -362,7 +366,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             scores = (q.to(lse.dtype) * self.head_dim**-0.5) @ k.to(lse.dtype).mT
             if masks[0] is not None and masks[0].is_floating_point():
                 scores = scores + torch.where(masks[0] == -INF, 0.0, masks[0])
-            weights = torch.where(kept, scores - lse[..., None], -INF).exp()
+            weights = scores - lse[..., None]
+            if kept is not True:
+                weights = torch.where(kept, weights, -INF)
+            weights = weights.exp()
             if dropout_p > 0.0:  # then the weights returned are those that made the output, as torch has it
                 weights = F.dropout(weights, dropout_p)
                 out = (weights @ v.to(weights.dtype)).to(out.dtype)
