@@ -30,10 +30,7 @@ GROUPS: dict[str, tuple[dict[str, tuple[str, Case]], float]] = {}
 for model in MODELS:
     for direction in DIRECTIONS:
         case = type(model)(**{**vars(model), "direction": direction, "device": DEVICE})
-        # Compiling takes longer than all else: one model both ways and one more forward tell.
-        compiles = LIKE_GPU or model is MODELS[0] or (model is MODELS[2] and not case.training)
-        names = [name for name in RIVALS if name != "compile" or compiles]
-        GROUPS[f"{case.operation} {direction} {case}"] = {name: (name, case) for name in names}, SECONDS[direction]
+        GROUPS[f"{case.operation} {direction} {case}"] = {name: (name, case) for name in RIVALS}, SECONDS[direction]
 
 
 @pytest.mark.parametrize(

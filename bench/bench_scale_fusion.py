@@ -96,11 +96,18 @@ if importlib.util.find_spec("transformers"):
 
     @pairs(
         *(
-            group(Head(B=1, model=model, image=IMAGE, direction=direction, dtype=DTYPE, device=DEVICE), rivals)
-            for model, direction, rivals in (
-                ("B0", "inference", "eager compile hivilt"),
-                ("B5", "inference", "eager compile hivilt"),
-                ("B0", "forward+backward", "eager hivilt"),
+            group(
+                Head(B=1, model=model, image=IMAGE, labels=labels, direction=direction, dtype=DTYPE, device=DEVICE),
+                rivals,
+            )
+            for model, labels, direction, rivals in (
+                ("B0", 0, "inference", "eager compile hivilt"),
+                ("B5", 0, "inference", "eager compile hivilt"),
+                ("B0", 0, "forward+backward", "eager hivilt"),
+                ("B5", 0, "forward+backward", "eager hivilt"),
+                ("B0", 150, "inference", "eager compile hivilt"),
+                ("B5", 150, "inference", "eager compile hivilt"),
+                ("B0", 150, "forward+backward", "eager hivilt"),
             )
         )
     )

@@ -46,6 +46,7 @@ class Case:
 
     operation = ""
     dropout = False  # in the last two directions
+    ends_in_relu = False
 
     def __str__(self) -> str:
         return f"B{self.B}-{self.sizes()}-{self.dtype}-{self.device}"
@@ -230,15 +231,23 @@ HEADS = {"B0": ((32, 64, 160, 256), 256), "B5": ((64, 128, 320, 512), 768)}  # w
 
 @dataclass(frozen=True, kw_only=True)
 class Head(Case):
-    """SegFormer's decode head in eval mode, 150 classes, on the maps of a square image."""
+    """SegFormer's decode head on the maps of a square image; backward in training mode, but for its dropout.
+
+    labels: 0 leaves the classifier out, so that the fusion is alone.
+    """
 
     model: str
     image: int = 512
+    labels: int = 150
 
     operation = "segformer"
 
+    @property
+    def ends_in_relu(self) -> bool:
+        return not self.labels
+
     def sizes(self) -> str:
-        return f"{self.model}-{self.image}x{self.image}"
+        return f"{self.model}-{self.image}x{self.image}" + ("" if self.labels else "-fusion")
 
     @functools.cached_property
     def module(self) -> torch.nn.Module:
@@ -246,14 +255,18 @@ class Head(Case):
         from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 
         widths, width = HEADS[self.model]
-        config = SegformerConfig(hidden_sizes=list(widths), decoder_hidden_size=width, num_labels=150)
+        config = SegformerConfig(
+            hidden_sizes=list(widths), decoder_hidden_size=width, num_labels=self.labels, classifier_dropout_prob=0.0
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             head = SegformerDecodeHead(config)
+            if not self.labels:
+                head.classifier = torch.nn.Identity()
             with torch.no_grad():  # of a trained head these are not 0 and 1
                 head.batch_norm.running_mean.normal_(std=0.1)
                 head.batch_norm.running_var.uniform_(0.5, 2.0)
-        return head.to(self.device, DTYPES[self.dtype]).eval()
+        return head.to(self.device, DTYPES[self.dtype]).train(self.backward)
 
     @property
     def shapes(self) -> list[tuple[int, int, int, int]]:
@@ -282,7 +295,7 @@ class Head(Case):
         width, pixels = HEADS[self.model][1], self.B * (self.image // 4) ** 2
         maps = sum(math.prod(shape) for shape in self.shapes)
         parameters = sum(t.numel() for t in self.module.parameters())
-        return 2 * width * (maps + 150 * pixels), maps + parameters, 150 * pixels
+        return 2 * width * (maps + self.labels * pixels), maps + parameters, (self.labels or width) * pixels
 
     def smallest(self):
         return replace(self, B=1, image=64)
@@ -338,8 +351,10 @@ def draw(case: Case) -> dict[str, Tensor]:
         with torch.no_grad():
             out = eager(Undropped.of(case) if case.drops else case)(*x.values())
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
-        # Among millions of numbers some are 0 without having been dropped: nothing flows back through those near 0.
-        x["grad_out"] = torch.where(out.abs() < 8 * UNIT[out.dtype], 0.0, grad) if case.drops else grad
+        # Among millions of numbers some are 0 without having been dropped, or are 0 for one and just above for another:
+        # nothing flows back through those near 0.
+        near = (64 if case.ends_in_relu else 8 if case.drops else 0) * UNIT[out.dtype]
+        x["grad_out"] = torch.where(out.abs() < near, 0.0, grad)
     return x
 
 

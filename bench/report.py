@@ -45,8 +45,8 @@ FUSION_TARGETS = (
       for shape, goal in zip(FUSION_SHAPES, goals, strict=True)),
     ("interpolate_add inference B4-n784-N3136-C192", "eager", 3),
     ("interpolate_add forward+backward B4-n784-N3136-C192", "eager", 3),
-    ("segformer inference B1-B0-512x512", "eager", 8), ("segformer inference B1-B5-512x512", "eager", 8),
-    ("segformer forward+backward B1-B0-512x512", "eager", 3),
+    *((f"segformer {direction} B1-{model}-512x512-fusion", "eager", goal)
+      for direction, goal in (("inference", 8), ("forward+backward", 3)) for model in ("B0", "B5")),
     ("token_pool inference B8-N3136-C192", "eager", 3), ("token_pool forward+backward B8-N3136-C192", "eager", 3),
     ("contrastive_loss forward+backward B4096-C512", "eager", 1.3),
 )  # fmt: skip

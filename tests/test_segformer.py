@@ -126,6 +126,16 @@ def test_gradients_and_statistics_equal_transformers(mode, dtype):
             assert ours_now == plain_now == exact_now == (mode == "train") and name in before
 
 
+def test_statistics_of_many_pixels_are_as_exact_as_of_planes():
+    """Sums over 16384 pixels, and maps in channels_last order, which torch sums one by one."""
+    head = head_of().train()
+    plain = copy.deepcopy(head)
+    accelerated = SegformerFusionHead.from_hf(head)
+    maps = [torch.randn(1, c, 128 >> i, 128 >> i) for i, c in enumerate(WIDTHS)]
+    with torch.no_grad():
+        as_exact(accelerated(maps), plain(maps), wide(plain)(doubles(maps)))
+
+
 def test_momentum_none_averages_all_batches():
     head = head_of().train()
     head.batch_norm.momentum = None
