@@ -197,6 +197,28 @@ def test_dense_gradients(where, own):
     assert lse.requires_grad
 
 
+@pytest.mark.parametrize("read", [attend, lambda *args, **more: op(*args, topk=3, **more)], ids=["dense", "topk"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_without_valid_rows_may_hold_anything(where, read, bad):
+    """It retrieves zeros and hands back none but zeros, to the scale too."""
+    backend, device = where
+    x = made(device, 3, 20)
+    mask = torch.ones(3, 20, dtype=torch.bool, device=device)
+    mask[1] = False
+    with torch.no_grad():
+        clean = x["query"].clone()
+        x["query"][1] = bad
+    rows, among, *_ = read(**x, mask=mask, backend=backend)
+    got = torch.autograd.grad(rows.sum() + torch.where(among > -float("inf"), among, 0.0).sum(), list(x.values()))
+    assert not rows[1].any() and not got[0][1].any()
+    x["query"] = clean[[0, 2]].requires_grad_()
+    rows, among, *_ = read(**x, mask=mask[[0, 2]], backend=backend)
+    want = torch.autograd.grad(rows.sum() + among.sum(), list(x.values()))
+    assert torch.equal(got[0][[0, 2]], want[0])
+    for name, a, b in zip(list(x)[1:], got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, msg=f"gradient of {name}")
+
+
 def test_dense_reading_in_pieces(where):
     """Rows too wide and too many to be packed at once on the CPU, several blocks of queries; values near the largest
     number come late, and a NaN that a query may not see stays out of its sums."""
@@ -351,12 +373,12 @@ def test_upstream_gradient_is_not_written(where):
 
 
 def test_autocast_leaves_the_bank_alone(where):
-    """Selection is judged on the inputs given."""
+    """Selection is judged on the inputs given, and so is what every row weighs."""
     backend, device = where
     x = made(device, 9, 50)
-    want = op(**x, topk=5, backend=backend)
+    want = *op(**x, topk=5, backend=backend), *attend(**x, backend=backend)
     with torch.autocast(device, dtype=torch.bfloat16):
-        got = op(**x, topk=5, backend=backend)
+        got = *op(**x, topk=5, backend=backend), *attend(**x, backend=backend)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

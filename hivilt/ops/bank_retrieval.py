@@ -6,6 +6,7 @@ Meaning: hivilt/reference/bank_retrieval.py; why: docs/bank_retrieval.md.  No B 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .topk_attention import topk_attention
 
 PRECISIONS = ("exact", "fp32", "bf16")
 NONFINITE = ("skip", "raise", "keep")
+_autocast_anywhere = torch._C._is_any_autocast_enabled
 
 
 def bank_retrieval(
@@ -109,7 +111,7 @@ def bank_attention(
         wide = torch.promote_types(wide, torch.float32)
     query, keys, values = query.to(wide), keys.to(wide), values.to(wide)
     if scale is not None:
-        query = query * scale.to(wide)
+        query = _scaled(query, scale.to(wide))
     key_mask = attn_mask = None
     if count is not None:
         key_mask = (torch.arange(M, device=query.device) < count)[None]
@@ -117,11 +119,20 @@ def bank_attention(
         key_mask = mask[None] if key_mask is None else key_mask & mask
     elif mask is not None:
         attn_mask = mask[None, None]
-    out, lse = topk_attention(
-        query[None, None], keys[None, None], values[None, None], attn_mask=attn_mask, key_mask=key_mask, scale=factor,
-        return_lse=True, backend=backend,
-    )  # fmt: skip
+    # Autocast would round the bank.
+    with torch.autocast(query.device.type, enabled=False) if _autocast_anywhere() else nullcontext():
+        out, lse = topk_attention(
+            query[None, None], keys[None, None], values[None, None], attn_mask=attn_mask, key_mask=key_mask,
+            scale=factor, return_lse=True, backend=backend,
+        )  # fmt: skip
     return out[0, 0].to(dtype), lse[0, 0]
+
+
+def _scaled(query: Tensor, scale: Tensor) -> Tensor:
+    """query * scale, whose gradient for the scale leaves out what is not finite: a query that no valid row answers gets
+    the gradient 0, and 0 * NaN would be NaN.  One that a row does answer is lost, its gradient is NaN anyway."""
+    fine = query.isfinite()
+    return torch.where(fine, torch.where(fine, query, 0.0) * scale, query * scale.detach())
 
 
 def bank_push_(
