@@ -3,6 +3,7 @@ layouts, memory, and what torch expects of an operator."""
 
 import hashlib
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,12 @@ def test_huge_and_tiny_logits(where, kind, scale):
         assert got[name].isfinite().all(), name
         error, theirs = (float((v[name].double() - value).abs().max()) for v in (got, rival))
         assert error <= 2 * theirs + 4 * 2**-24 * float(value.abs().max()), name
+
+
+def test_float64_keeps_its_digits_at_large_logits():
+    x = torch.full((2, 1), 5.0, dtype=torch.float64)
+    got = op(x, x, 1.0, kind="siglip", backend="reference")  # every logit 25
+    assert abs(float(got) - (25.0 + 2.0 * math.log1p(math.exp(-25.0)))) < 4e-15
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38])

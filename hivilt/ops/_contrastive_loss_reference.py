@@ -41,7 +41,8 @@ def contrastive_loss(x, y, scale, factor, bias, offset, labels, columns, kind):
         s = a * best_dots(x[rows].double(), wide)[0] + b
         at = own[rows, None]
         if kind == "siglip":
-            row_lse[rows] = torch.nn.functional.softplus(s.scatter(1, at, -s.gather(1, at))).sum(1)
+            # Not softplus, which drops log1p(exp(-20)) and less: float64 has digits for them.
+            row_lse[rows] = -torch.nn.functional.logsigmoid((-s).scatter(1, at, s.gather(1, at))).sum(1)
             continue
         row_lse[rows], target[rows] = _log_sum(s, 1), s.gather(1, at)[:, 0]
         if columns:
