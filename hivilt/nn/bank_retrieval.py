@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..ops import bank_attention, bank_push_, bank_retrieval
 from ..reference import modules as plain
-from ..reference.modules._bank_arguments import check_count
+from ..reference.modules._bank_arguments import check_count, check_number
+from ..reference.modules._bank_reading import INF
 from . import _bank_file
 from ._bank_file import BankFileError, BankState
 from ._choice import kernel_exists
@@ -143,5 +144,8 @@ def make_scale(x: Any) -> float | Tensor:
         raise ValueError(f"scale: expected one element; got shape {shape}")
     if x["kind"] not in ("parameter", "buffer") or x["dtype"] not in DTYPES:
         raise ValueError(f"scale: expected a parameter or buffer of floats; got {x['kind']!r} of {x['dtype']!r}")
-    scale = torch.full([1] * len(shape), float(x["value"]), dtype=DTYPES[x["dtype"]])
+    value = check_number("FeatureBank.load", "scale", x["value"], -INF, INF)
+    scale = torch.tensor(value, dtype=torch.float64).to(DTYPES[x["dtype"]]).reshape([1] * len(shape))
+    if not scale.isfinite():
+        raise ValueError(f"scale: expected a number that a {x['dtype']} can hold; got {value}")
     return nn.Parameter(scale) if x["kind"] == "parameter" else scale
