@@ -284,6 +284,17 @@ def test_layouts(where):
                 assert digest(a) == digest(b), f"{name} as {layout}: strides {view.stride()}"
 
 
+@pytest.mark.interpreted
+def test_layouts_of_labels(where):
+    backend, device = where
+    x = plain.call(6, 5, N=4, symmetric=False)
+    for layout in ("step2_last", "expanded_last", "offset1"):
+        view = t.relayout(x["labels"], layout)
+        got, true = run(x | {"labels": view}, backend, device), plain.truth(x | {"labels": view.clone()})
+        for name, value in true.items():
+            torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-6, msg=f"{layout}: {name}")
+
+
 GUARDED = """
 import plain_contrastive_loss as plain
 for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from . import contrastive_loss as kernels
 from . import launch as launching
-from .fusion_tiles import Tile, power
+from .configs import Tile
+from .fusion_tiles import lookup, power
 
-# works in float32 -> tile: rows of x, columns, channels.
-TILES = {False: Tile(64, 128, 64, 8, 2), True: Tile(32, 64, 16, 4, 2)}
 PROGRAMS = 264  # that a pass is split into, if it has tiles for so many
 PART_BYTES = 64 << 20  # of column parts in memory at a time
 LEAST_SLICE = 1024  # columns of a slice; otherwise as many as there are channels
@@ -25,7 +24,7 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _tile(x: Tensor, images: int, columns: int) -> Tile:
-    tile = TILES[x.dtype == torch.float32]
+    tile = lookup(x, "contrast", x.shape[-1])
     rows = tile.rows // 2 if x.shape[1] > 1 else tile.rows  # the best so far and which it is lie beside the next
     return tile._replace(rows=min(rows, power(images)), cols=min(tile.cols, power(columns)),
                          inner=min(tile.inner, power(x.shape[-1])))  # fmt: skip
@@ -35,6 +34,11 @@ def _side(x: Tensor) -> tuple:
     """[rows, C]."""
     x = launching.rows(x)
     return x, x.stride(0)
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    """Numbers that kernels read one behind the other."""
+    return None if x is None else x.contiguous()
 
 
 def _merge(parts: Tensor, running: Tensor | None, out: Tensor, first: bool, last: bool, siglip: bool = False) -> None:
@@ -50,6 +54,7 @@ def contrastive_loss(x, y, scale, factor, bias, offset, labels, columns, kind):
     """Operator ``hivilt::contrastive_loss`` without its backend argument."""
     B, R, C = x.shape
     N, device, siglip = y.shape[0], x.device, kind == "siglip"
+    labels = _packed(labels)
     row_lse = torch.empty(B, dtype=torch.float64, device=device)
     column_lse = torch.empty(N if columns else 0, dtype=torch.float64, device=device)
     # A label outside the columns leaves NaN.
@@ -86,7 +91,7 @@ def contrastive_loss_backward(x, y, scale, factor, bias, offset, labels, kind, r
     N, device, dtype = y.shape[0], x.device, x.dtype
     flat = x.reshape(B * R, C)
     sides = _side(flat), _side(y)
-    shares = [None if g is None else g.contiguous() for g in (grad_rows, grad_columns, grad_target)]
+    labels, *shares = map(_packed, (labels, grad_rows, grad_columns, grad_target))
     tile = _tile(x, B, N)
     width = min(_cdiv(N, tile.cols), _cdiv(max(C, LEAST_SLICE), tile.cols)) * tile.cols
     # Shares of a softmax are small: float16 would lose them.
@@ -95,7 +100,7 @@ def contrastive_loss_backward(x, y, scale, factor, bias, offset, labels, kind, r
     grad_y = torch.empty((N, C) if y_grad else (0,), dtype=dtype, device=device)
     blocks, col_blocks = _cdiv(B, tile.rows), width // tile.cols
     sums = torch.empty(_cdiv(N, width), blocks, col_blocks, 2, dtype=torch.float32, device=device)
-    inner = TILES[dtype == torch.float32]
+    terms_in_a_step = lookup(x, "contrast", C).inner
     wide = min(64, power(C))
     for i, first in enumerate(range(0, N, width)):
         some = min(width, N - first)
@@ -110,7 +115,7 @@ def contrastive_loss_backward(x, y, scale, factor, bias, offset, labels, kind, r
         rows = (of_rows, B * R, some, (width, 1), sides[1], first, i > 0) if x_grad else None
         cols = (grad_y[first:], some, B * R, (1, width), sides[0], 0, False) if y_grad else None
         for out, n, terms, strides, other, begin, more in filter(None, (rows, cols) if C else ()):
-            block, steps = min(64, power(n)), min(inner.inner, power(terms))
+            block, steps = min(64, power(n)), min(terms_in_a_step, power(terms))
             launching.launch(
                 kernels._contrast_product_kernel, _cdiv(n, block) * _cdiv(C, wide),
                 ((pairs, *strides), other, (out, out.stride(0)), factor, scale, n, terms, C, begin, _cdiv(C, wide)),
