@@ -184,6 +184,24 @@ def test_the_mask_is_that_of_the_call(room):
 
 
 @ROOMS
+def test_compat_is_the_layer_as_first_written(room):
+    """What a name's first call passed is served to later ones, written to or not; other names and no name are not."""
+    module = build(room, compat="seed", max_entries=1)
+    query, key, value = sequences()
+    first = module(query, key, value, "image")
+    other = torch.randn(B, N, C)
+    module(query, other, other, "another")
+    assert torch.equal(module(query, other, other, "image"), first)
+    close(module(query, other, other, "another").double(), truth(module, query, other, other))
+    close(module(query, other, value).double(), truth(module, query, other, value))
+    close(module(query, other, value, "image", use_cache=False).double(), truth(module, query, other, value))
+    key.mul_(2.0)
+    close(module(query, other, other, "image").double(), truth(module, query, key, value))
+    module.clear_cache()
+    close(module(query, other, other, "image").double(), truth(module, query, other, other))
+
+
+@ROOMS
 def test_the_longest_unused_goes(room):
     module = build(room, max_entries=2)
     images = [torch.randn(B, N, C) for _ in range(3)]

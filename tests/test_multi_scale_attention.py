@@ -254,17 +254,19 @@ def test_compat_is_the_layer_as_first_written(room):
         torch.manual_seed(5)
         expected = seed(xs, mask)
         torch.manual_seed(5)
-        found = module(xs, attention_mask=mask)
+        found = module(xs, mask) if mask is not None else module(xs)
         torch.testing.assert_close(found["attention_weights"], expected["attention_weights"])
         for a, b in zip(found["scale_features"], expected["scale_features"], strict=True):
             assert a.shape[-1] == C
             torch.testing.assert_close(a, b)
 
 
-def test_the_embeddings_and_the_fusion_are_those_first_written():
-    """What ``compat`` would give is what they give anyway: names and results, strictly loaded."""
+@pytest.mark.parametrize("compat", [None, "seed"])
+@pytest.mark.parametrize("room", [plain, fast], ids=["plain", "fast"])
+def test_embeddings_and_fusions_are_those_first_written(room, compat):
+    """Names and results, strictly loaded; by default too, but that ``compat`` mixes tensors of any one shape."""
 
-    class Seed(nn.Module):
+    class SeedPatches(nn.Module):
         def __init__(self):
             super().__init__()
             self.projection, self.norm = nn.Conv2d(3, C, 4, 4), nn.LayerNorm(C)
@@ -272,14 +274,48 @@ def test_the_embeddings_and_the_fusion_are_those_first_written():
         def forward(self, x):
             return self.norm(self.projection(x).flatten(2).transpose(1, 2))
 
-    seed, weights = Seed(), nn.Parameter(torch.randn(3))
-    module, mix = fast.HierarchicalPatchEmbedding(3, C, 4), fast.AdaptiveFusion(3)
-    module.load_state_dict(seed.state_dict(), strict=True)
-    mix.load_state_dict({"scale_weights": weights}, strict=True)
+    class SeedFusion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fusion = nn.Sequential(nn.Linear(C + C // 2, C), nn.LayerNorm(C), nn.GELU(), nn.Dropout(0.1))
+
+        def forward(self, fine, coarse):
+            maps = coarse.transpose(1, 2).reshape(2, C // 2, 2, 2)
+            maps = F.interpolate(maps, size=(4, 4), mode="bilinear", align_corners=False)
+            return self.fusion(torch.cat([fine, maps.flatten(2).transpose(1, 2)], -1))
+
+    patches, fusion, weights = SeedPatches(), SeedFusion().eval(), nn.Parameter(torch.randn(3))
+    module = room.HierarchicalPatchEmbedding(3, C, 4, compat=compat)
+    module.load_state_dict(patches.state_dict(), strict=True)
     x = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(module(x), seed(x))
-    xs = [torch.randn(2, 5, C) for _ in range(3)]
-    torch.testing.assert_close(mix(xs), sum(w * f for w, f in zip(F.softmax(weights, 0), xs, strict=True)))
+    torch.testing.assert_close(module(x), patches(x))
+    module = room.CrossScaleFusion(C, 2, compat=compat).eval()
+    module.load_state_dict(fusion.state_dict(), strict=True)
+    xs = [torch.randn(2, 16, C), torch.randn(2, 4, C // 2)]
+    torch.testing.assert_close(module(xs), fusion(*xs))
+    mix = room.AdaptiveFusion(3, compat=compat)
+    mix.load_state_dict({"scale_weights": weights}, strict=True)
+    for shape in ((2, 5, C), (2, C), *([(2, C, 4, 3), (5,)] if compat else [])):
+        xs = [torch.randn(shape) for _ in range(3)]
+        torch.testing.assert_close(mix(xs), sum(w * f for w, f in zip(F.softmax(weights, 0), xs, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda m: m.AdaptiveFusion(3, compat="seeds"), "compat: expected one of 'seed'; got 'seeds'"),
+        (lambda m: m.AdaptiveFusion(3, hidden_dim=C, compat="seed"), "hidden_dim: expected None, because compat"),
+        (lambda m: m.CrossScaleFusion(C, norm="none", compat="seed"), "norm: expected 'layernorm', because compat"),
+        (lambda m: m.HierarchicalPatchEmbedding(3, C, 4, pos_grid=(2, 2), compat="seed"), "pos_grid: expected None"),
+        (lambda m: m.AdaptiveFusion(2, compat="seed")([torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)]),
+         r"scale_features\[1\]: expected shape \(2, 3, 4\)"),
+    ],
+    ids=["name", "projections", "norm", "table", "shapes"],
+)  # fmt: skip
+def test_compat_allows_no_options(make, said):
+    for room in (plain, fast):
+        with pytest.raises(ValueError, match=said):
+            make(room)
 
 
 # CrossScaleAttention.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_mask, check_size, check_tensor, refuse
+from ._checks import check_choice, check_mask, check_size, check_tensor, refuse
 from ._inner import PLAIN_TENSORS, Inner, why_changed
 from .topk_attention import MultiheadAttention
 
@@ -50,6 +50,8 @@ class CachedCrossAttention(nn.Module):
         hidden_dim: C of all three.
         num_heads: divides hidden_dim.
         max_entries: how many keys and values are kept; beyond that the longest unused goes.
+        compat: None, or "seed": the layer as first written, which keeps the unprojected key and value of a name's
+            first call, any number of them, and serves these whatever later calls pass.
 
     Parameters: ``attn``.
 
@@ -64,15 +66,16 @@ class CachedCrossAttention(nn.Module):
 
     attention: Callable[..., nn.Module] = MultiheadAttention
 
-    def __init__(self, hidden_dim: int, num_heads: int, max_entries: int = 8) -> None:
+    def __init__(self, hidden_dim: int, num_heads: int, max_entries: int = 8, *, compat: str | None = None) -> None:
         super().__init__()
         where = "CachedCrossAttention"
         check_size(where, "hidden_dim", hidden_dim)
         if hidden_dim % check_size(where, "num_heads", num_heads):
             refuse(ValueError, where, "num_heads", f"a divisor of hidden_dim = {hidden_dim}", num_heads)
         self.hidden_dim, self.max_entries = hidden_dim, check_size(where, "max_entries", max_entries)
+        self.compat = None if compat is None else check_choice(where, "compat", compat, ("seed",))
         self.attn = self.attention(hidden_dim, num_heads, batch_first=True)
-        self.cache: dict[Hashable, Entry] = {}
+        self.cache: dict[Hashable, Entry | tuple[Tensor, Tensor]] = {}
 
     def forward(
         self,
@@ -113,6 +116,9 @@ class CachedCrossAttention(nn.Module):
             hash(cache_key)
         except TypeError:
             refuse(TypeError, where, "cache_key", "something hashable", cache_key)
+        if self.compat == "seed" and cache_key is not None and use_cache:
+            key, value = self.cache.setdefault(cache_key, (key, value))
+            use_cache = False
         if cache_key is None or not use_cache or not self._may_cache(query, key, value):
             return self.attn(query, key, value, None if key_mask is None else ~key_mask, need_weights=False)[0]
         k, v = self._projected(cache_key, key, value)

@@ -102,8 +102,8 @@ class MultiScaleAttention(nn.Module):
         dropout: of the attention probabilities.
         num_scales: S.
         compat: None, or "seed": one ``proj`` C -> C for all scales, so results are C wide; ``attention_weights`` is
-            always there, as the tensor of the last scale, dropout included; a mask is a float that is added to the
-            scores of every scale.
+            always there, as the tensor of the last scale, dropout included; a mask, then the second argument, is a
+            float that is added to the scores of every scale.
 
     Parameters: ``qkv_projections.s`` (C_s -> 3 C); ``projs.s`` (C -> C_s).
     """
@@ -158,6 +158,8 @@ class MultiScaleAttention(nn.Module):
         where = "MultiScaleAttention"
         count = check_active(where, num_scales, self.num_scales)
         features = check_scales(where, "features", features, self.dims[:count])
+        if self.compat == "seed" and isinstance(need_weights, Tensor):
+            need_weights, attention_mask = False, need_weights
         check_flag(where, "need_weights", need_weights)
         if self.compat == "seed":
             return self._as_seed(features, attention_mask)

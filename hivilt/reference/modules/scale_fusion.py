@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,17 @@ def resize_tokens(x: Tensor, grid: Grid, out_grid: Grid, align_corners: bool = F
     return maps.flatten(2).transpose(1, 2)
 
 
+def check_compat(where: str, compat: Any, **options: tuple[Any, Any]) -> str | None:
+    """None or "seed", beside which each option (what came, its default) has its default."""
+    if compat is None:
+        return None
+    check_choice(where, "compat", compat, ("seed",))
+    for name, (x, default) in options.items():
+        if x != default:
+            refuse(ValueError, where, name, f"{default!r}, because compat is 'seed'", x)
+    return compat
+
+
 def halving_widths(where: str, hidden_dim: int, num_scales: int) -> tuple[int, ...]:
     """C, C/2, C/4, ...: the widths of the scales unless others are given."""
     if hidden_dim >> (num_scales - 1) == 0:
@@ -61,13 +73,21 @@ class HierarchicalPatchEmbedding(nn.Module):
         hidden_dim: C, channels of a token.
         patch_size: side of a patch; rows and columns that do not fill a patch are left out.
         pos_grid: (H, W) of a learned position table added after the norm and resized to any other grid; None: no table.
+        compat: None, or "seed": the layer as first written, which is the one without a table.
     """
 
     def __init__(
-        self, in_channels: int, hidden_dim: int, patch_size: int, *, pos_grid: Sequence[int] | None = None
+        self,
+        in_channels: int,
+        hidden_dim: int,
+        patch_size: int,
+        *,
+        pos_grid: Sequence[int] | None = None,
+        compat: str | None = None,
     ) -> None:
         super().__init__()
         where = "HierarchicalPatchEmbedding"
+        check_compat(where, compat, pos_grid=(pos_grid, None))
         self.patch_size = check_size(where, "patch_size", patch_size)
         self.hidden_dim = check_size(where, "hidden_dim", hidden_dim)
         self.projection = nn.Conv2d(
@@ -116,6 +136,7 @@ class CrossScaleFusion(nn.Module):
         act: "gelu", "gelu_tanh", "relu", "silu" or "none".
         align_corners: as in torch.nn.functional.interpolate.
         norm_eps: of the layer norm.
+        compat: None, or "seed": the layer as first written, which is the one without any option.
 
     Parameters: ``fusion.0`` is the Linear over the concatenated channels, ``fusion.1`` the LayerNorm.
     """
@@ -130,9 +151,13 @@ class CrossScaleFusion(nn.Module):
         act: str = "gelu",
         align_corners: bool = False,
         norm_eps: float = 1e-5,
+        *,
+        compat: str | None = None,
     ) -> None:
         super().__init__()
         where = "CrossScaleFusion"
+        defaults = {"dims": (dims, None), "norm": (norm, "layernorm"), "act": (act, "gelu")}
+        check_compat(where, compat, **defaults, align_corners=(align_corners, False), norm_eps=(norm_eps, 1e-5))
         self.hidden_dim = check_size(where, "hidden_dim", hidden_dim)
         self.num_scales = check_size(where, "num_scales", num_scales)
         if dims is None:
@@ -192,13 +217,22 @@ class AdaptiveFusion(nn.Module):
         hidden_dim: C, channels of the result.  With ``dims``, or ``hidden_dim`` (dims then C, C/2, C/4, ..., and
             hidden_dim by default dims[0]), P_s is a Linear of dims[s] to C; with neither, P_s is the identity and all
             scales have the same channels.
+        compat: None, or "seed": the layer as first written, a weighted sum of S tensors of one shape, whatever that is.
 
     Parameters: ``scale_weights`` [S]; ``projections.s`` where there are projections.
     """
 
-    def __init__(self, num_scales: int, dims: Sequence[int] | None = None, hidden_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        num_scales: int,
+        dims: Sequence[int] | None = None,
+        hidden_dim: int | None = None,
+        *,
+        compat: str | None = None,
+    ) -> None:
         super().__init__()
         where = "AdaptiveFusion"
+        self.compat = check_compat(where, compat, dims=(dims, None), hidden_dim=(hidden_dim, None))
         self.num_scales = check_size(where, "num_scales", num_scales)
         self.scale_weights = nn.Parameter(torch.ones(num_scales))
         if hidden_dim is not None:
@@ -225,6 +259,12 @@ class AdaptiveFusion(nn.Module):
         """
         where, name = "AdaptiveFusion", "scale_features"
         first = scale_features[0] if isinstance(scale_features, Sequence) and len(scale_features) else None
+        if self.compat == "seed" and isinstance(first, Tensor):
+            features = check_scales(where, name, scale_features, [None] * self.num_scales, first.dim())
+            for s, x in enumerate(features):
+                if x.shape != first.shape:
+                    refuse(ValueError, where, f"{name}[{s}]", f"shape {tuple(first.shape)}, as {name}[0] has", x)
+            return self._mix_pooled(features)
         pooled = isinstance(first, Tensor) and first.dim() == 2
         widths = self.dims
         if widths is None:
