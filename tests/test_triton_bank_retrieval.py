@@ -19,7 +19,7 @@ launches = pytest.importorskip("hivilt.triton_kernels.bank_retrieval_launch")
 kernels = pytest.importorskip("hivilt.triton_kernels.bank_retrieval")
 backward_kernels = pytest.importorskip("hivilt.triton_kernels.bank_retrieval_backward")
 interpreter = pytest.importorskip("interpreter")
-Tile = pytest.importorskip("hivilt.triton_kernels.fusion_tiles").Tile
+Tile = pytest.importorskip("hivilt.triton_kernels.configs").Tile
 
 op = hivilt.ops.bank_retrieval
 INF, NAN, BF16 = plain.INF, plain.NAN, torch.bfloat16

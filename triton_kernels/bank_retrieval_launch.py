@@ -17,7 +17,7 @@ from . import bank_retrieval as kernels
 from . import bank_retrieval_backward as backward_kernels
 from . import configs
 from . import launch as launching
-from .fusion_tiles import Tile, lookup, power
+from .fusion_tiles import lookup, power
 
 ROWS = 128  # kernels.ROWS
 MAXIMA_BYTES = 32 << 20  # of the two best scores of every group, for as many queries at a time
@@ -122,7 +122,7 @@ class _Search:
         part, self.multiprocessors = launching.part_of(query)
         self.held = HELD[configs.limits(part).shared_bytes < MUCH]
         kernel, dtype = ("bank_stream", torch.float32) if plan.few else ("bank_maxima", plan.low or torch.float32)
-        self.tile: Tile = lookup(kernel, dtype, C)
+        self.tile = lookup(query, kernel, C, dtype)
         self.tile = self.tile._replace(rows=min(self.tile.rows, 1 << (query.shape[0] - 1).bit_length()))
         if not plan.few:
             self.tile = self.tile._replace(rows=max(16, self.tile.rows))

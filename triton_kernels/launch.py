@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # kernels run on the CPU, program after program
 
 
@@ -49,7 +50,7 @@ def launch(kernel: Any, programs: int, args: tuple, warps: int, stages: int, **c
     if _recorded is not None:
         _recorded.append(Recorded(kernel, programs, args, constants, warps, stages))
         return
-    like = next(x for x in _flat(args) if isinstance(x, Tensor))
+    like = _first_tensor(args)
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
             kernel[(programs,)](*args, num_warps=warps, num_stages=stages, **constants)
@@ -57,12 +58,14 @@ def launch(kernel: Any, programs: int, args: tuple, warps: int, stages: int, **c
         kernel[(programs,)](*args, num_warps=warps, num_stages=stages, **constants)
 
 
-def _flat(args: tuple) -> Iterator[Any]:
+def _first_tensor(args: tuple) -> Tensor:
+    """Tuples of arguments begin with theirs."""
     for x in args:
-        if isinstance(x, tuple):
-            yield from x
-        else:
-            yield x
+        if isinstance(x, tuple) and x:
+            x = x[0]
+        if isinstance(x, Tensor):
+            return x
+    raise TypeError(f"a kernel's arguments: expected a tensor among them; got {args!r}")
 
 
 @functools.cache
@@ -89,10 +92,14 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
 
 
+# One question for all strides: a call asks for those of ten tensors and more before anything starts.
+
+
 def side(x: Tensor, heads: int, cu_seqlens: Tensor | None = None) -> tuple:
     """[B, G, T, width] that ``heads`` heads read."""
     x = rows(x)
-    return (x, x.stride(0), x.stride(1), x.stride(2), x.shape[2], heads // max(1, x.shape[1]), cu_seqlens)
+    steps, shape = x.stride(), x.shape
+    return (x, steps[0], steps[1], steps[2], shape[2], heads // max(1, shape[1]), cu_seqlens)
 
 
 def shared_side(x: Tensor, cu_seqlens: Tensor | None = None) -> tuple:
@@ -102,7 +109,8 @@ def shared_side(x: Tensor, cu_seqlens: Tensor | None = None) -> tuple:
 
 def strided(x: Tensor) -> tuple:
     """(pointer, strides of batch, head, token) of a result or gradient [B, H, T(, width)]."""
-    return (x, x.stride(0), x.stride(1), x.stride(2))
+    steps = x.stride()
+    return (x, steps[0], steps[1], steps[2])
 
 
 def mask(x: Tensor | None, transposed: bool = False) -> tuple | None:

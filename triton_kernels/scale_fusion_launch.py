@@ -88,7 +88,7 @@ def _interpolate(x, grid, out_grid, out, mode, align_corners, transposed, base=N
             return _interpolate(x, grid, out_grid, out, mode, align_corners, transposed, base, scale, factor, prefix,
                                 own_prefix)  # fmt: skip
     B, N, C = out.shape
-    tile = lookup("interpolate", x.dtype, C)
+    tile = lookup(x, "interpolate", C)
     blocks, col_blocks = _cdiv(N, tile.rows), _cdiv(C, tile.cols)
     if B * blocks * col_blocks:
         launching.launch(
@@ -110,7 +110,7 @@ def interpolate_tokens_dot(grad, x, factor, grid, out_grid, rank, mode, align_co
     """Operator ``hivilt::interpolate_tokens_dot`` without its backend argument."""
     grad, x = launching.rows(grad), launching.rows(x)
     B, _, C = x.shape
-    tile = lookup("interpolate", x.dtype, C)
+    tile = lookup(x, "interpolate", C)
     col_blocks = _cdiv(C, tile.cols)
     pairs = [(grid[i : i + rank], out_grid[i : i + rank]) for i in range(0, len(grid), rank)]
     programs = [B * col_blocks * _cdiv(prod(b), tile.rows) for _, b in pairs]
@@ -155,7 +155,7 @@ def rows_product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if B and x.stride(0) == N * x.stride(1) and out.stride(0) == N * out.stride(1):  # one long sample fills its tiles
         x, out, B, N = x.as_strided((1, B * N, C), (0, *x.stride()[1:])), out.reshape(1, B * N, -1), 1, B * N
     width = out.shape[2]
-    tile = lookup("rows_product", x.dtype, width)
+    tile = lookup(x, "rows_product", width)
     blocks, col_blocks = _cdiv(N, tile.rows), _cdiv(width, tile.cols)
     if B * blocks * col_blocks:
         launching.launch(
@@ -170,7 +170,7 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, token_mask: Tensor | N
     """out[o, c] = sum over all tokens of grad[b, n, o] x[b, n, c]; out: rows at any stride."""
     B, N, O = grad.shape  # noqa: E741
     C = x.shape[2]
-    tile = lookup("weight_gradient", x.dtype, max(O, C))
+    tile = lookup(x, "weight_gradient", max(O, C))
     blocks, row_blocks, col_blocks = _cdiv(N, tile.inner), _cdiv(O, tile.rows), _cdiv(C, tile.cols)
     tiles = B * blocks
     if not tiles or not C:
@@ -238,7 +238,7 @@ def scale_fusion(features, weight, bias, norm_weight, norm_bias, seed, grids, ou
 
     whole = NORMS[norm] == 1 and O <= WHOLE_ROW[like.dtype]
     buffered = NORMS[norm] == 1 and not whole
-    tile, blocks_0, blocks_1 = _tile(O, like.dtype, whole)
+    tile, blocks_0, blocks_1 = _tile(like, O, whole)
     blocks, col_blocks = _cdiv(N, tile.rows), _cdiv(O, blocks_0 + blocks_1)
     # The rows that a program cannot normalise come out in float32, unless rounding them is asked for anyway.
     raw = torch.empty(B, N, O, dtype=torch.float32, device=like.device) if buffered else linear if save else None
@@ -252,7 +252,7 @@ def scale_fusion(features, weight, bias, norm_weight, norm_bias, seed, grids, ou
         PREFIX=prefix_tokens > 0, BLOCK_R=tile.rows, BLOCK_K=tile.inner, BLOCK_0=blocks_0, BLOCK_1=blocks_1,
     )  # fmt: skip
     if buffered:
-        tile = lookup("finish", torch.float32, O)
+        tile = lookup(raw, "finish", O)
         blocks = _cdiv(N, tile.rows)
         launching.launch(
             kernels._finish_kernel, B * blocks, (_strided(raw), *parameters, _strided(out), N, blocks), tile.warps,
@@ -264,11 +264,11 @@ def scale_fusion(features, weight, bias, norm_weight, norm_bias, seed, grids, ou
     return out, linear
 
 
-def _tile(O: int, dtype: torch.dtype, whole: bool) -> tuple[Tile, int, int]:  # noqa: E741
+def _tile(x: Tensor, O: int, whole: bool) -> tuple[Tile, int, int]:  # noqa: E741
     """Tile sizes, and how a program's columns split into powers of two."""
     if not whole and O > 128:
-        return lookup("fusion", dtype, 128), 128, 0
-    tile = lookup("fusion", dtype, O)
+        return lookup(x, "fusion", 128), 128, 0
+    tile = lookup(x, "fusion", O)
     full = power(O)
     half = full // 2
     if half >= 32 and O <= half + half // 2:
@@ -315,7 +315,7 @@ def _finish_gradient(grad_out, linear, norm_weight, norm_bias, seed, norm, eps, 
     whole = O <= HELD_ROW
     layer = norm == "layer"
     grad_out = launching.rows(grad_out)
-    tile = lookup("finish_gradient", grad_out.dtype, O if layer and whole else 128)
+    tile = lookup(grad_out, "finish_gradient", O if layer and whole else 128)
     cols = power(O) if layer and whole else min(tile.cols, power(O))
     arguments = (
         _strided(grad_out), _strided(linear) if linear.dim() == 3 else None, _optional(norm_weight),
@@ -325,7 +325,7 @@ def _finish_gradient(grad_out, linear, norm_weight, norm_bias, seed, norm, eps, 
     statistics = None
     if layer and not whole:
         statistics = torch.empty(B, N, 4, dtype=torch.float32, device=grad_out.device)
-        step = lookup("finish", torch.float32, O)
+        step = lookup(statistics, "finish", O)
         blocks = _cdiv(N, step.rows)
         launching.launch(
             kernels._row_statistics_kernel, B * blocks, (*arguments, statistics, N, blocks), step.warps, step.stages,

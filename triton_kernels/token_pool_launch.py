@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import launch as launching
 from . import token_pool as kernels
+from .configs import ANY
 from .fusion_tiles import lookup, power
 from .scale_fusion_launch import sum_partials, weight_gradient
 
@@ -55,13 +56,13 @@ def token_pool(features, proj_weight, proj_bias, score_weight, score_bias, pool_
     K = proj_weight.shape[0] if scored else 0
     here = scored and C <= WHOLE_TOKENS[features.dtype]
     if scored and not here:
-        tile = lookup("token_scores", x.dtype, C)
+        tile = lookup(x, "token_scores", C)
         blocks = _cdiv(N, tile.rows)
         launching.launch(
             kernels._token_scores_kernel, B * blocks, (_strided(x), *layer, token_mask, attention, N, C, K, blocks),
             tile.warps, tile.stages, BLOCK_R=tile.rows, BLOCK_C=tile.cols, BLOCK_K=min(tile.inner, power(K)),
         )  # fmt: skip
-    tile = lookup("pool", x.dtype, C if here else 10**9)
+    tile = lookup(x, "pool", C if here else ANY)
     cols = power(C) if here else min(tile.cols, power(C))
     col_blocks = _cdiv(C, cols)
     parts = max(1, min(_cdiv(N, 2 * tile.rows), PROGRAMS // B if B < PROGRAMS else 1))
@@ -115,7 +116,7 @@ def token_pool_backward(grad_out, features, proj_weight, proj_bias, score_weight
         K = proj_weight.shape[0]
         # Shares of a softmax are small: float16 would lose them.
         to_hidden = torch.empty(B, N, K, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device)
-        tile = lookup("score_gradient", dtype, C)
+        tile = lookup(x, "score_gradient", C)
         inner = min(tile.inner, power(K))
         blocks, k_blocks = _cdiv(N, tile.rows), _cdiv(K, inner)
         per_program = _cdiv(B * blocks, PROGRAMS)
@@ -133,7 +134,7 @@ def token_pool_backward(grad_out, features, proj_weight, proj_bias, score_weight
         if proj_bias is not None:
             of_layer[1] = sums[:K].to(proj_bias.dtype)
         of_layer[2] = sums[K:].to(score_weight.dtype).view(1, K)
-    tile = lookup("pool_gradient", dtype, C)
+    tile = lookup(x, "pool_gradient", C)
     cols = min(tile.cols, power(C))
     blocks, col_blocks = _cdiv(N, tile.rows), _cdiv(C, cols)
     launching.launch(

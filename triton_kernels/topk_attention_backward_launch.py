@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import launch
@@ -18,7 +17,7 @@ from .dense_attention_backward import (
 )
 from .selected_attention import _gather_key_gradient_kernel, _gather_query_gradient_kernel
 from .topk_attention_launch import bits_of
-from .topk_attention_plan import Call, Masks, power
+from .topk_attention_plan import Call, Masks, cdiv, power
 
 
 class Upstream(NamedTuple):
@@ -63,7 +62,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
     B, H, T, width = out.shape
     delta = out.new_empty((B, H, T), dtype=torch.float32)
     config = plan.tiles(out, "delta", (64,))
-    blocks = triton.cdiv(T, config.rows)
+    blocks = cdiv(T, config.rows)
     if B * H * blocks:
         grad_lse = None if grad_lse is None else (grad_lse, *grad_lse.stride())
         launch.launch(
@@ -156,7 +155,7 @@ def _dense_backward(call: Call, up: Upstream, bits: tuple | None, orientation: i
 def _bias_gradient(call: Call, up: Upstream, bits: tuple | None, orientation: int) -> Tensor:
     p, bias = call.problem, call.masks.attn_mask
     config = call.tiles("bias_gradient")
-    row_blocks, col_blocks = triton.cdiv(p.queries, config.rows), triton.cdiv(p.keys, config.cols)
+    row_blocks, col_blocks = cdiv(p.queries, config.rows), cdiv(p.keys, config.cols)
     # An axis of size 1 needs no summing where the call has one element of it as well.
     sizes = (p.batches, p.heads, p.queries, p.keys)
     over = [own == 1 and all_ > 1 for own, all_ in zip(bias.shape, sizes, strict=True)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs, launch
@@ -17,7 +16,7 @@ from .bitmask import _pack_lists_kernel
 from .dense_attention import _attention_forward_kernel
 from .selected_attention import _gather_forward_kernel
 from .topk_attention import _merge_lists_kernel, _stream_select_kernel, _topk_attention_kernel
-from .topk_attention_plan import Call, Masks, Packed, Problem, power
+from .topk_attention_plan import Call, Masks, Packed, Problem, cdiv, power
 
 INF = float("inf")
 
@@ -156,7 +155,7 @@ def _one_tile(s: Selection, bits: tuple | None, attend: tuple[Call, Tensor, Tens
     value_width = 0 if attend is None else attend[0].value_width
     block_c = power(p.keys, 32)
     config = plan.tiles(s.like, f"one_tile_{max(128, block_c)}", (width, value_width), s.masks)
-    blocks = triton.cdiv(p.queries, config.rows)
+    blocks = cdiv(p.queries, config.rows)
     tasks = p.batches * p.heads * blocks
     if tasks == 0:
         return
@@ -185,7 +184,7 @@ def _stream_select(s: Selection, marks: Tensor | None) -> None:
     block_c = config.cols if topk <= 256 else 32
     capacity = power(topk + 3 * block_c)
     block_r = 8 if capacity >= 1024 else max(16, min(config.rows, config.rows * 256 // capacity))
-    blocks = triton.cdiv(p.queries, block_r)
+    blocks = cdiv(p.queries, block_r)
     slots = multiprocessors * configs.limits(part).programs
     tasks = p.batches * p.heads * blocks
     if tasks == 0:
@@ -214,7 +213,7 @@ def _stream_select(s: Selection, marks: Tensor | None) -> None:
         rows = lists.shape[0] * lists.shape[1] * lists.shape[2]
         config = plan.tiles(like, "merge_lists", (64,))
         launch.launch(
-            _merge_lists_kernel, triton.cdiv(rows, config.rows),
+            _merge_lists_kernel, cdiv(rows, config.rows),
             (bests, out_lists, lists, part_marks, marks, topk, splits, rows),
             config.warps, config.stages,
             BLOCK_R=config.rows, BLOCK_C=power(splits * topk), BLOCK_K=power(topk), BLOCK_S=power(splits),
@@ -259,7 +258,7 @@ def _gather(call: Call, lists: Tensor, marks: Tensor | None, out: Tensor, lse: T
 
 def _blank_bits(lists: Tensor, columns: int) -> tuple:
     """(pointer, strides of batch, head, row) of a bitmask for lists of ``columns``; one head's bits serve all."""
-    bits = lists.new_empty((*lists.shape[:3], max(1, triton.cdiv(columns, 32))))
+    bits = lists.new_empty((*lists.shape[:3], max(1, cdiv(columns, 32))))
     return (bits, bits.stride(0), bits.stride(1) if bits.shape[1] > 1 else 0, bits.stride(2))
 
 
@@ -271,8 +270,8 @@ def bits_of(p: Problem, lists: Tensor, orientation: int) -> tuple:
     config = configs.lookup(part, "pack_lists", "bfloat16", 64)
     rows = bits[0].numel() // words
     block_w = min(config.cols, power(words, 1))
-    word_blocks = triton.cdiv(words, block_w)
-    tasks = triton.cdiv(rows, config.rows) * word_blocks
+    word_blocks = cdiv(words, block_w)
+    tasks = cdiv(rows, config.rows) * word_blocks
     if tasks:
         launch.launch(
             _pack_lists_kernel, tasks, (lists, bits[0], rows, lists.shape[3], words, word_blocks),

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs, launch
@@ -95,12 +94,12 @@ class Call(NamedTuple):
 
     def query_tasks(self, rows: int) -> tuple[int, int]:
         """(programs, blocks of a head) for blocks of so many queries."""
-        blocks = triton.cdiv(self.problem.queries, rows)
+        blocks = cdiv(self.problem.queries, rows)
         return self.problem.batches * self.problem.heads * blocks, blocks
 
     def key_tasks(self, cols: int) -> tuple[int, int]:
         """(programs, blocks of a group) for blocks of so many keys."""
-        blocks = triton.cdiv(self.problem.keys, cols)
+        blocks = cdiv(self.problem.keys, cols)
         return self.problem.batches * self.key.shape[1] * blocks, blocks
 
 
@@ -145,13 +144,21 @@ def tiles(x: Tensor, kernel: str, widths: tuple[int, ...], extras: tuple = ()) -
     Where any of ``extras`` (masks, a bias, a seed) is there, the kernel needs more registers and may have another.
     """
     part, _ = launch.part_of(x)
-    name = kernel if all(extra is None for extra in extras) else f"{kernel}_heavy"
-    dtype = str(x.dtype).removeprefix("torch.")
-    return configs.lookup(part, name, dtype, min(256, max(1, *widths)))
+    heavy = any(extra is not None for extra in extras)
+    return configs.lookup(
+        part, f"{kernel}_heavy" if heavy else kernel, launch.NAMES[x.dtype], min(256, max(1, *widths))
+    )
+
+
+# Triton's own cdiv and next_power_of_2 take ten times as long: they may be called inside kernels as well.
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def power(n: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(n))
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def link(width: int, dtype: torch.dtype) -> int:

@@ -9,7 +9,7 @@ from types import ModuleType
 from torch import Tensor
 
 from .._backends import Row
-from ._triton import DTYPES, why_no_device, why_no_dtype
+from ._triton import DTYPES, guarded, why_no_device, why_no_dtype
 
 
 @functools.cache
@@ -29,4 +29,4 @@ def why_not(query, *rest) -> str | None:
 
 def row(name: str) -> Row:
     """Of operator ``hivilt::<name>``, whose arguments without the backend it takes."""
-    return Row("triton", why_not, lambda *args: getattr(_kernels(), name)(*args))
+    return Row("triton", why_not, guarded(lambda *args: getattr(_kernels(), name)(*args)))

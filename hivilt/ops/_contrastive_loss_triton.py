@@ -7,6 +7,7 @@ from types import ModuleType
 
 from .._backends import Row
 from ._scale_fusion_triton import why_not
+from ._triton import guarded
 
 
 @functools.cache
@@ -18,4 +19,4 @@ def _kernels() -> ModuleType:
 
 def row(name: str) -> Row:
     """Of operator ``hivilt::<name>``, whose arguments without the backend it takes."""
-    return Row("triton", why_not, lambda *args: getattr(_kernels(), name)(*args))
+    return Row("triton", why_not, guarded(lambda *args: getattr(_kernels(), name)(*args)))

@@ -7,7 +7,7 @@ import functools
 from types import ModuleType
 
 from .._backends import Row, probe
-from ._triton import why_no_device, why_no_dtype
+from ._triton import guarded, why_no_device, why_no_dtype
 
 
 @functools.cache
@@ -25,4 +25,4 @@ def why_not(*args) -> str | None:
 
 def row(name: str) -> Row:
     """Of operator ``hivilt::<name>``, whose arguments without the backend it takes."""
-    return Row("triton", why_not, lambda *args: getattr(_kernels(), name)(*args))
+    return Row("triton", why_not, guarded(lambda *args: getattr(_kernels(), name)(*args)))

@@ -14,6 +14,7 @@ from . import _topk_attention_reference as reference
 from . import _topk_attention_schema as schema
 from . import _topk_attention_triton as triton
 from ._running import absent, cpp
+from ._triton import guarded
 
 CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 CPU_WIDTH = 256
@@ -58,7 +59,7 @@ def _operation(
         public,
         Row("reference", lambda *args: None, getattr(reference, name)),
         Row("cpu", why_not_cpu, run_cpu),
-        Row("triton", triton.why_not(name), getattr(triton, name)),
+        Row("triton", triton.why_not(name), guarded(getattr(triton, name))),
         absent("CUDA C++", public),
     )
     operation.opaque, _twins[name] = schema.define(name, run)

@@ -39,6 +39,13 @@ def _plan() -> ModuleType:
     return topk_attention_plan
 
 
+@functools.cache
+def _launch() -> ModuleType:
+    from ..triton_kernels import launch
+
+    return launch
+
+
 def why_not(name: str) -> Callable[..., str | None]:
     """Of the row of operator ``name``; its result joins every reason, None when there is none."""
     query_at, value_at = {"topk_attention_backward": (2, 4), "topk_select": (0, 0)}.get(name, (0, 2))
@@ -64,9 +71,7 @@ def why_not(name: str) -> Callable[..., str | None]:
 
 
 def _why_too_many(query: Tensor, key: Tensor, dtype: torch.dtype, topk: int, axis: int) -> str | None:
-    from ..triton_kernels import launch
-
-    return _plan().why_not(launch.part_of(query)[0], dtype, topk, (key, query)[axis].shape[2])
+    return _plan().why_not(_launch().part_of(query)[0], dtype, topk, (key, query)[axis].shape[2])
 
 
 def topk_attention(

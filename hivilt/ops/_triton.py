@@ -4,6 +4,8 @@ that its kernels can run."""
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -45,3 +47,19 @@ def why_no_dtype(x: Tensor) -> str | None:
     if x.dtype in DTYPES:
         return None
     return f"dtype {str(x.dtype)[6:]}: the kernels take float32, bfloat16 and float16"
+
+
+def guarded(run: Callable) -> Callable:
+    """run, and once more with the tile sizes that ship where Triton refuses those of the user's file."""
+
+    @functools.wraps(run)
+    def twice(*args):
+        try:
+            return run(*args)
+        except Exception as error:
+            configs = sys.modules.get("hivilt.triton_kernels.configs")
+            if configs is None or not configs.give_up(error):
+                raise
+        return run(*args)
+
+    return twice
