@@ -1,8 +1,10 @@
 """hivilt.train and hivilt.predict: scenes and questions are what they say, training learns, a killed run goes on with
 the same bits, and broken configurations and checkpoints are refused."""
 
+import errno
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -322,6 +324,27 @@ def test_files_that_are_no_checkpoints_are_refused(trained, tmp_path):
             predict([str(path)])
     with pytest.raises(SystemExit, match="No such file"):
         predict([str(tmp_path / "none")])
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for path in (pipe, tmp_path):  # reading a pipe would wait for somebody to write
+        with pytest.raises(CheckpointError, match="something else than a file"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(trained, tmp_path, monkeypatch, step):
+    header, tensors = checkpoint.load(trained)
+    model = build(header["config"])
+    optimizer = torch.optim.AdamW(learned(model))
+    checkpoint.save(tmp_path / "one", model, optimizer, 3, header["config"])
+    before = (tmp_path / "one").read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, step, full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path / "one", model, optimizer, 4, header["config"])
+    assert [path.name for path in tmp_path.iterdir()] == ["one"] and (tmp_path / "one").read_bytes() == before
 
 
 def test_predict_answers_about_a_scene_and_about_its_image(trained, tmp_path, capsys):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,16 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
     header = {"format": FORMAT, "step": step, "config": config.as_dict(), "results": results}
     path = Path(path)
     new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        file.write(to_bytes(tensors, {HEADER: json.dumps(header)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        with open(new, "wb") as file:
+            file.write(to_bytes(tensors, {HEADER: json.dumps(header)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with suppress(OSError):  # half a file would only keep a full disk full
+            os.unlink(new)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the name itself must be on the disk too
@@ -62,7 +69,10 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     """
     from safetensors import SafetensorError, safe_open
 
-    size = os.stat(path).st_size
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # a pipe would wait for its other end
+        raise CheckpointError(f"{path}: expected a safetensors file; got something else than a file")
+    size = found.st_size
     if size > LARGEST:
         raise CheckpointError(f"{path}: expected at most {LARGEST} bytes; got {size}")
     try:
