@@ -487,6 +487,18 @@ def test_what_padding_holds_does_not_matter_to_progressive_fusion():
         assert (words[~mask] == 0).all() and (words[mask] != 0).any()
 
 
+@pytest.mark.parametrize("batch, words", [(0, 4), (2, 0)])
+def test_progressive_fusion_of_nothing_under_a_mask(batch, words):
+    """No sample; or no word, which is what a sample of masked words sees."""
+    pyramid, text = [torch.randn(batch, n, C) for n in (4, 9, 6)], torch.randn(batch, words, C)
+    for module in pair("ProgressiveFusion"):
+        out = module(pyramid, text, attention_mask=torch.ones(batch, words, dtype=torch.bool))
+        masked = module(pyramid, torch.zeros(batch, 1, C), attention_mask=torch.zeros(batch, 1, dtype=torch.bool))
+        for x, y, vision in zip(out, masked, pyramid, strict=True):
+            assert x.shape == (batch, vision.shape[1] + words, C)
+            torch.testing.assert_close(x[:, : vision.shape[1]], y[:, :-1])
+
+
 class Vision(nn.Module):
     """A stage that returns vision tokens alone."""
 
@@ -609,6 +621,11 @@ BAD = [
     (lambda r: r.ProgressiveFusion(16, 1, stages=[len]), TypeError, r"stages\[0\]"),
     (lambda r: r.ProgressiveFusion(16, 2)([X[0]], X[0]), ValueError, "vision_pyramid: expected 2 tensors"),
     (lambda r: r.ProgressiveFusion(16, 1)([X[0]], X[0], [(4, 4)]), ValueError, "grid_sizes: expected None"),
+    (
+        lambda r: r.ProgressiveFusion(16, 2)([X[0], X[0][:, :0]], X[0]),
+        ValueError,
+        r"vision_pyramid\[1\]: expected a tok",
+    ),
     (lambda r: r.ProgressiveFusion(16, 1)([X[0]], X[0][:1]), ValueError, "text: expected the batch"),
     (
         lambda r: r.HierarchicalPatchEmbedding(3, 8, 4)(torch.zeros(1, 3, 3, 8)),

@@ -112,6 +112,21 @@ def test_rows_without_words_or_patches_stay_finite(room):
     torch.testing.assert_close(fused[1, : LENGTHS[1]], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("batch, words, patches", [(0, T, N), (B, 0, N), (B, T, 0)])
+def test_nothing_to_read_under_a_mask(room, batch, words, patches):
+    """What sees nothing sees the bias of the attention's output, whether nothing is there or all of it is masked."""
+    module = fusion(room)
+    text, vision = torch.randn(batch, words, C), torch.randn(batch, patches, CV)
+    masks = torch.ones(batch, words, dtype=torch.bool), torch.ones(batch, patches, dtype=torch.bool)
+    fused, _, seen = module(text, vision, masks[0], vision_mask=masks[1], return_patches=True)
+    masked = [torch.nn.functional.pad(m, (0, 1)) for m in masks]
+    text, vision = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (text, vision))
+    expected, _, patches_too = module(text, vision, masked[0], vision_mask=masked[1], return_patches=True)
+    torch.testing.assert_close(fused, expected[:, :-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen, patches_too[:, :-1], rtol=1e-5, atol=1e-6)
+
+
 def test_padding_words_would_matter_without_their_mask():
     """The mistake of the text: patches that read padding."""
     module = fusion(plain)

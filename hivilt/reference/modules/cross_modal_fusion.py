@@ -447,4 +447,9 @@ def attend(attention: nn.Module, x: Tensor, y: Tensor, x_mask: Tensor | None, y_
     options = {}
     if x_mask is not None and getattr(attention, "axis", "keys") == "queries":
         options["query_padding_mask"] = ~x_mask
-    return attention(x, y, y, None if y_mask is None else ~y_mask, need_weights=False, **options)[0]
+    return attention(x, y, y, padding_of(y_mask), need_weights=False, **options)[0]
+
+
+def padding_of(mask: Tensor | None) -> Tensor | None:
+    """The mask in torch's convention; none where it has no entry, as torch's attention fails on that."""
+    return None if mask is None or mask.numel() == 0 else ~mask

@@ -145,6 +145,9 @@ class ProgressiveFusion(nn.Module):
         """
         where = "ProgressiveFusion"
         levels = check_scales(where, "vision_pyramid", vision_pyramid, [None] * self.num_stages)
+        for i, x in enumerate(levels if self.num_stages > 1 else ()):
+            if x.shape[1] == 0:
+                refuse(ValueError, where, f"vision_pyramid[{i}]", "a token at least, to resize from or to", x)
         check_tensor(where, "text", text, "(B, N, C)", 3)
         if text.shape[0] != levels[0].shape[0]:
             refuse(ValueError, where, "text", f"the batch of vision_pyramid[0], {levels[0].shape[0]}", text)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_mask, check_size, check_tensor, refuse
+from .cross_modal_fusion import padding_of
 
 
 class MultimodalFusion(nn.Module):
@@ -105,10 +106,10 @@ class MultimodalFusion(nn.Module):
         patches, no_patch = None, None
         if vision_mask is not None:
             patches = check_mask(where, "vision_mask", vision_mask, tuple(vision.shape[:2]))
-            vision, no_patch = torch.where(patches[..., None], vision, 0.0), ~patches
+            vision, no_patch = torch.where(patches[..., None], vision, 0.0), padding_of(patches)
         vision = self.vision_proj(vision)
         if self.image_to_text:
-            no_word = None if attention_mask is None else ~words
+            no_word = None if attention_mask is None else padding_of(words)
             read = self.image_to_text_attention(vision, text, text, key_padding_mask=no_word, need_weights=False)[0]
             vision = vision + read
         seen = self.text_to_image_attention(text, vision, vision, key_padding_mask=no_patch, need_weights=False)[0]
