@@ -376,6 +376,12 @@ def changed(name, **more):
     return {**CONFIG, name: {**CONFIG[name], **more}}
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_words_of_any_integer_type(dtype):
+    encoder = plain.TextEncoder(20, 8, 16, 1, 2).eval()
+    assert torch.equal(encoder(IDS.to(dtype)), encoder(IDS))
+
+
 BAD = {
     "no-hidden_dim": (lambda m: m({"num_heads": 2}), ValueError, "hidden_dim: expected"),
     "unknown": (lambda m: m(CONFIG, num_layer=2), ValueError, "got 'num_layer'"),
@@ -403,6 +409,8 @@ BAD = {
     "text": (lambda m: m(CONFIG)(X, IDS.float()), TypeError, "text: expected a tensor of integers"),
     "text-rank": (lambda m: m(CONFIG)(X, IDS[0]), ValueError, "text"),
     "text-long": (lambda m: m(CONFIG)(X, IDS.repeat(1, 3)), ValueError, "at most max_length = 8"),
+    "text-words": (lambda m: m(CONFIG)(X, IDS + 20), ValueError, "input_ids: expected values from 0 to 19"),
+    "text-negative": (lambda m: m(CONFIG)(X, -1 - IDS), ValueError, "input_ids: expected values from 0 to 19"),
     "batch": (lambda m: m(CONFIG)(X, IDS[:1]), ValueError, "text: expected the batch of images"),
     "attention_mask": (lambda m: m(CONFIG)(X, IDS, IDS.float()), TypeError, "attention_mask"),
     "attention_mask-shape": (lambda m: m(CONFIG)(X, IDS, IDS[:, 1:]), ValueError, "attention_mask"),

@@ -133,6 +133,8 @@ WRONG = [
     ("itm_loss", "logits", torch.zeros(4, 3)), ("itm_loss", "logits", torch.zeros(4)), ("itm_loss", "logits", None),
     ("itm_loss", "logits", torch.zeros(0, 2)), ("itm_loss", "labels", torch.zeros(4)),
     ("itm_loss", "labels", torch.zeros(3, dtype=torch.int64)), ("itm_loss", "labels", [0, 1, 0, 1]),
+    ("itm_loss", "labels", torch.tensor([0, 2, 1, 0])), ("itm_loss", "labels", torch.tensor([0, -100, 1, 0])),
+    ("distillation_loss", "labels", torch.tensor([0, 1, 99, 0])), ("MultiTaskLoss", "labels", LABELS - 100),
     ("distillation_loss", "cls_logits", torch.zeros(4)),
     ("distillation_loss", "distillation_logits", torch.zeros(4, 2)),
     ("distillation_loss", "teacher_logits", None), ("distillation_loss", "labels", torch.zeros(4)),

@@ -44,7 +44,7 @@ def distillation_loss(
         check_tensor(op, name, x, 2, "(B, K)")
         if x.shape != cls_logits.shape or x.device != cls_logits.device:
             refuse(ValueError, op, name, f"shape {tuple(cls_logits.shape)} on {cls_logits.device}", x)
-    check_classes(op, "labels", labels, cls_logits.shape[0], cls_logits)
+    check_classes(op, "labels", labels, cls_logits.shape[0], cls_logits, cls_logits.shape[1])
     if not isinstance(mode, str) or mode not in MODES:
         refuse(ValueError if isinstance(mode, str) else TypeError, op, "mode", " or ".join(map(repr, MODES)), mode)
     alpha, tau = check_number(op, "alpha", alpha, 0.0, 1.0), check_number(op, "tau", tau)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._checks import check_tensor, refuse
+from ..ops._checks import Said, check_tensor, refuse
+from ..ops._running import eager
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,19 +28,22 @@ def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     check_tensor(op, "logits", logits, 3 if many else 2, "(N, 2) or (N, R, 2)")
     if logits.shape[-1] != 2 or not logits.numel():
         refuse(ValueError, op, "logits", "shape (N, 2) or (N, R, 2), N and R at least 1", logits)
-    check_classes(op, "labels", labels, logits.shape[0], logits)
+    check_classes(op, "labels", labels, logits.shape[0], logits, 2)
     logits = at_least_single(logits)
     return F.cross_entropy(logits.mean(1) if many else logits, labels.long())
 
 
-def check_classes(op: str, name: str, x: Tensor, count: int, like: Tensor) -> None:
-    """int64 or int32 [count] on the device of ``like``."""
+def check_classes(op: str, name: str, x: Tensor, count: int, like: Tensor, classes: int) -> None:
+    """int64 or int32 [count] on the device of ``like``, from 0 to classes - 1; where asking would wait for a GPU, that
+    is left to torch."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
         refuse(TypeError, op, name, f"an int64 or int32 tensor ({count},)", x)
     if tuple(x.shape) != (count,):
         refuse(ValueError, op, name, f"shape ({count},)", x)
     if x.device != like.device:
         refuse(ValueError, op, name, f"the logits' device {like.device}", x)
+    if x.is_cpu and eager(x) and not bool(((x >= 0) & (x < classes)).all()):
+        refuse(ValueError, op, name, f"values from 0 to {classes - 1}", Said("one outside"))
 
 
 def at_least_single(x: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class MultiTaskLoss(nn.Module):
         if missing:
             refuse(ValueError, op, "outputs", f"the keys {', '.join(wanted)}", Said(f"none for {', '.join(missing)}"))
         check_tensor(op, "outputs['output']", outputs["output"], 2, "(B, K)")
-        check_classes(op, "labels", labels, outputs["output"].shape[0], outputs["output"])
+        check_classes(op, "labels", labels, outputs["output"].shape[0], outputs["output"], outputs["output"].shape[1])
         if self.training:
             # In place, as CLIP does after a step: a clamp in the graph would stop every gradient above the bound.
             with torch.no_grad():

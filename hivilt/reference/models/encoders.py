@@ -156,7 +156,8 @@ class TextEncoder(Blocks):
         if attention_mask is not None:
             mask = check_mask(where, "attention_mask", attention_mask, tuple(input_ids.shape))
             input_ids = torch.where(mask, input_ids, 0)
-        x = self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+        check_range(where, "input_ids", input_ids, self.token_embedding.num_embeddings)
+        x = self.token_embedding(input_ids.long()) + self.position_embedding.weight[: input_ids.shape[1]]
         return self._encode(x, mask)
 
 
@@ -165,6 +166,16 @@ def check_ids(where: str, name: str, x: Any) -> Tensor:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         refuse(TypeError, where, name, "a tensor of integers (B, N)", x)
     return x
+
+
+def check_range(where: str, name: str, x: Tensor, count: int) -> None:
+    """Integers from 0 to count - 1, where asking waits for no device and nothing traces or transforms."""
+    asks = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+    if not asks or torch._C._are_functorch_transforms_active():
+        return
+    outside = x[(x < 0) | (x >= count)]
+    if outside.numel():
+        refuse(ValueError, where, name, f"values from 0 to {count - 1} where attention_mask is not 0", int(outside[0]))
 
 
 def states(where: str, name: str, output: Any, width: int) -> Tensor:
