@@ -35,21 +35,25 @@ def wrong_matrices(x: torch.Tensor, any_size: tuple[int, ...] = ()) -> dict[str,
 
 INT = torch.int64
 SCALES = [None, "1", 1j, math.nan, math.inf, -math.inf, True, [1.0], torch.ones(2), torch.ones(0), torch.tensor(1),
-          torch.tensor(True), torch.tensor(1.0, device="meta"), 10**400]  # fmt: skip
+          torch.tensor(True), torch.tensor(1.0, device="meta"), 10**400,
+          torch.ones(1).to_sparse(), torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged)]  # fmt: skip
 COUNTS = [1.0, "1", True, [1], torch.tensor(1.0), torch.tensor([1, 2]), torch.ones(0, dtype=INT), torch.tensor(True),
-          torch.tensor(1, dtype=torch.int8), torch.tensor(1, device="meta"), torch.ones(1, 1, dtype=INT)]  # fmt: skip
+          torch.tensor(1, dtype=torch.int8), torch.tensor(1, device="meta"), torch.ones(1, 1, dtype=INT),
+          torch.ones(1, dtype=INT).to_sparse()]  # fmt: skip
 MASKS = [True, [True] * M, torch.ones(M), torch.ones(M, dtype=torch.uint8), torch.ones(M - 1) > 0, torch.ones(B) > 0,
          torch.ones(M, B) > 0, torch.ones(1, M) > 0, torch.ones(B, M, 1) > 0, torch.ones((), dtype=torch.bool),
          (torch.ones(B, M) > 0).to("meta"), (torch.ones(B, M) > 0).to_sparse(), torch.ones(B + 1, M) > 0]  # fmt: skip
 ONES = [None, 0, [0], 0.0, torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=INT),
-        torch.zeros(0, dtype=INT), torch.zeros(1, dtype=INT, device="meta"), torch.zeros(1) > 0]  # fmt: skip
+        torch.zeros(0, dtype=INT), torch.zeros(1, dtype=INT, device="meta"), torch.zeros(1) > 0,
+        torch.zeros(1, dtype=INT).to_sparse()]  # fmt: skip
 VALUES = {
     "bank_retrieval": {
         "query": [None], "keys": [None], "scale": SCALES, "count": COUNTS, "mask": MASKS,
         "topk": [None, 0, -1, 2.0, "2", True, [3], torch.tensor(3), 2**31, 2**70],
         "exclude": [1.0, "1", True, [0, 1, 2], torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0, 1]), torch.tensor(0), -2,
                     M, torch.tensor([0, 1, M]), torch.tensor([-2, 0, 1]), torch.tensor([[0, 1, 2]]), torch.ones(B) > 0,
-                    torch.tensor([0, 1, 2], dtype=torch.uint8), torch.tensor([0, 1, 2], device="meta")],
+                    torch.tensor([0, 1, 2], dtype=torch.uint8), torch.tensor([0, 1, 2], device="meta"),
+                    torch.tensor([0, 1, 2]).to_sparse()],
         "precision": ["tf32", "", "EXACT", None, 1, True, ["exact"], torch.float32],
         "backend": ["nope", "", 3, True, "CPU"],
     },

@@ -29,7 +29,7 @@ def good(op: str) -> dict:
 
 
 GRID = [None, 12, "34", torch.tensor([3, 4]), (), (3,), (3, 4, 1), (4, 4), (3, 4, 1, 1), (-3, -4), (0, 4), (3.0, 4.0)]
-GRID += [(3, "4"), (True, 12), (3, None), (12,), {3, 4}, ((3, 4),), (2**40, 4)]
+GRID += [(3, "4"), (True, 12), (3, None), (12,), {3, 4}, ((3, 4),), (2**40, 4), (2**32, 2**32)]
 VALUES = {
     "mode": ["bilinear", "bicubic", "", 0, None, True, ["linear"]],
     "align_corners": [1, None, "no", 0.0, torch.tensor(True)],
@@ -42,19 +42,20 @@ OF = {
         "grids": [3, "33", (3, 4), [(3, 4)], [(3, 4)] * 3, [3, 4], [(3, 4), (2, 3, 1)], [(3, 4), 6], torch.ones(2, 2),
                   [(3, 4), (3, 2, 1, 1)], [(3, 4), (0, 6)], [(3, 4), (-2, -3)], [(3, 4), (2.0, 3.0)], [(4, 4), (2, 3)],
                   [(3, 4), (7,)], [(3, 4), ()], [(3, 4), "23"], [(3, 4), (2**40, 3)]],
-        "out_grid": [3, "34", (), (3,), (3, 4, 1), (0, 4), (3.0, 4), (-1, 4), torch.tensor([3, 4]), (True, 4)],
+        "out_grid": [3, "34", (), (3,), (3, 4, 1), (0, 4), (3.0, 4), (-1, 4), torch.tensor([3, 4]), (True, 4),
+                     (2**32, 2**32)],
         "norm": ["batch", "", None, 1, True], "activation": ["swish", "GELU", None, 1, ""],
         "eps": [-1e-9, math.nan, math.inf, "1", None, True, 1j, torch.tensor([1.0, 2.0])],
         "dropout_p": [-0.01, 1.01, math.nan, math.inf, "0", None, [0.1], True],
         "training": [None, 1, "yes"], "impl": ["fast", None, 1, True, ""],
         "weight": [None], "norm_weight": [1.0], "norm_bias": [1.0], "bias": [0, True],
     },
-    "interpolate_tokens": VALUES | {"grid": GRID, "out_grid": [g for g in GRID if g not in [(4, 4), (2**40, 4)]],
+    "interpolate_tokens": VALUES | {"grid": GRID, "out_grid": [g for g in GRID if g != (4, 4)],
                                     "x": [None]},
     "interpolate_add": {n: v for n, v in VALUES.items() if n != "prefix_tokens"} | {
         "grid": GRID, "out_grid": GRID, "x": [None], "y": [None],
         "scale": [None, "1", 1j, math.nan, math.inf, True, [1.0], torch.ones(2), torch.tensor(1),
-                  torch.tensor(1.0, device="meta"), torch.ones(0)],
+                  torch.tensor(1.0, device="meta"), torch.ones(0), torch.ones(1).to_sparse()],
         "segments": [((3, 4),)],
     },
 }  # fmt: skip

@@ -17,7 +17,8 @@ def good() -> dict:
 
 VALUES = {
     "pools": ["mean", "", (), None, 3, ("mean", "mean", "max"), ("sum",), ("mean", "max", "Attention"), (0, 1, 2),
-              ("mean", "max"), ("mean",), {"mean", "max", "attention"}, (None,), ("mean", "max", "attention", "max")],
+              ("mean", "max"), ("mean",), {"mean", "max", "attention"}, (None,), ("mean", "max", "attention", "max"),
+              ("mean", "max", torch.zeros(3).numpy())],
     "mask": [1, "x", [[True]], torch.ones(2, 9), torch.ones(2, 9, dtype=torch.uint8), torch.ones(2, 8) > 0,
              torch.ones(9) > 0, torch.ones(2, 9, 1) > 0, torch.ones(1, 9) > 0, (torch.ones(2, 9) > 0).to("meta")],
     "backend": ["nope", "", 3, True], "features": [None], "proj_weight": [None], "score_weight": [None],

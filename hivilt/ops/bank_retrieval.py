@@ -188,8 +188,8 @@ def bank_push_(
     for name, x in (("pointer", pointer), ("count", count), ("skipped", skipped)):
         if x is None and name == "skipped":
             continue
-        if not isinstance(x, Tensor) or x.dtype != torch.int64:
-            refuse(TypeError, op, name, "an int64 tensor of one element", x)
+        if not isinstance(x, Tensor) or x.dtype != torch.int64 or not _dense(x):
+            refuse(TypeError, op, name, "a dense int64 tensor of one element", x)
         if x.numel() != 1:
             refuse(ValueError, op, name, "one element", x)
         tensors.append((name, x))
@@ -296,15 +296,15 @@ def _check_bank(op, query, keys, values, scale, count, mask, exclude):
     if isinstance(scale, Tensor):
         if not scale.is_floating_point():
             refuse(TypeError, op, "scale", "a floating point tensor", scale)
-        if scale.numel() != 1 or scale.device != query.device:
-            refuse(ValueError, op, "scale", f"a number or a tensor of one element on {query.device}", scale)
+        if not _dense(scale) or scale.numel() != 1 or scale.device != query.device:
+            refuse(ValueError, op, "scale", f"a number or a dense tensor of one element on {query.device}", scale)
         scale = scale.to(torch.float64 if query.dtype == torch.float64 else torch.float32).reshape(())
     else:
         factor, scale = check_number(op, "scale", scale), None
     if count is not None:
         count = _check_integers(op, "count", count, query, 1).reshape(())
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.is_nested or mask.layout is not torch.strided:
+        if not isinstance(mask, Tensor) or not _dense(mask):
             refuse(TypeError, op, "mask", "a dense bool tensor (M,) or (B, M)", mask)
         if mask.dtype != torch.bool:
             refuse(TypeError, op, "mask", "bool", mask)
@@ -328,6 +328,10 @@ def _check_bank(op, query, keys, values, scale, count, mask, exclude):
     return query, keys, values, factor, scale, count, mask, exclude
 
 
+def _dense(x: Tensor) -> bool:
+    return not x.is_nested and x.layout is torch.strided
+
+
 def _check_integers(op: str, name: str, x: Any, query: Tensor, size: int) -> Tensor:
     """int64 [size] on query's device."""
     if not isinstance(x, Tensor):
@@ -335,8 +339,8 @@ def _check_integers(op: str, name: str, x: Any, query: Tensor, size: int) -> Ten
         if not -(2**63) <= x < 2**63:
             refuse(ValueError, op, name, "a number that int64 can hold", x)
         return torch.full((size,), x, dtype=torch.int64, device=query.device)
-    if x.dtype not in (torch.int32, torch.int64):
-        refuse(TypeError, op, name, "int32 or int64", x)
+    if x.dtype not in (torch.int32, torch.int64) or not _dense(x):
+        refuse(TypeError, op, name, "dense int32 or int64", x)
     if x.device != query.device:
         refuse(ValueError, op, name, f"query's device {query.device}", x)
     if x.numel() != size or x.dim() > 1:

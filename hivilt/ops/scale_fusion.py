@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from ._checks import Said, autocast, check_flag, check_index, check_number, check_tensor, check_vector, refuse
+from ._checks import (
+    INT32_MAX,
+    Said,
+    autocast,
+    check_flag,
+    check_index,
+    check_number,
+    check_tensor,
+    check_vector,
+    refuse,
+)
 from ._running import draw_seed, eager, record, records, run
 from ._scale_fusion_autograd import ScaleFusion, interpolate
 from ._scale_fusion_rows import INTERPOLATE, SCALE_FUSION
@@ -262,8 +272,9 @@ def _bind_interpolate_add(x, y, scale=1.0, grid=None, out_grid=None, segments=No
                 refuse(ValueError, op, name, f"{size} tokens, as many as its grid has", given)
     factor = 1.0
     if isinstance(scale, Tensor):
-        if scale.numel() != 1 or not scale.is_floating_point() or scale.device != x.device:
-            refuse(ValueError, op, "scale", f"a number or a floating tensor of one element on {x.device}", scale)
+        dense = not scale.is_nested and scale.layout is torch.strided
+        if not dense or scale.numel() != 1 or not scale.is_floating_point() or scale.device != x.device:
+            refuse(ValueError, op, "scale", f"a number or a dense floating tensor of one element on {x.device}", scale)
         scale = scale.to(torch.float64 if x.dtype == torch.float64 else torch.float32).reshape(())
     else:
         factor, scale = check_number(op, "scale", scale), None
@@ -287,7 +298,11 @@ def _check_grid(op: str, name: str, grid: Any) -> tuple[int, ...]:
         refuse(TypeError, op, name, "a tuple of 1, 2 or 3 sizes", grid)
     if not 1 <= len(grid) <= 3:
         refuse(ValueError, op, name, "1, 2 or 3 sizes", Said(f"{len(grid)}"))
-    return tuple(_check_count(op, f"{name}[{i}]", n, 1) for i, n in enumerate(grid))
+    grid = tuple(_check_count(op, f"{name}[{i}]", n, 1) for i, n in enumerate(grid))
+    tokens = prod(grid)
+    if isinstance(tokens, int) and tokens > INT32_MAX:  # a traced size keeps its range
+        refuse(ValueError, op, name, "fewer than 2^31 tokens in all", Said(f"{tokens}"))
+    return grid
 
 
 def _check_same_rank(op: str, grid: tuple, out_grid: tuple) -> None:

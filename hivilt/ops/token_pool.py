@@ -98,7 +98,7 @@ def _check_pools(op: str, pools: Any) -> list[int]:
     if isinstance(pools, Tensor | str) or not isinstance(pools, Sequence):
         refuse(TypeError, op, "pools", f"a tuple out of {', '.join(map(repr, POOLS))}", pools)
     for pool in pools:
-        if pool not in POOLS:
+        if not isinstance(pool, str) or pool not in POOLS:
             refuse(ValueError, op, "pools", f"names out of {', '.join(map(repr, POOLS))}", pool)
     if not pools or len(set(pools)) != len(pools):
         refuse(ValueError, op, "pools", "at least one pool, each once", Said(f"{list(pools)}"))
