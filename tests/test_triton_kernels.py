@@ -172,6 +172,14 @@ def test_packed_calls(way, axis):
     assert not out[tokens[0] - 2 :].any() and (lse[tokens[0] - 2 :] == float("-inf")).all()
 
 
+def test_default_device_is_not_that_of_segments():
+    """As after ``torch.set_default_device("cuda")``."""
+    x, starts = torch.randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+    with torch.device("meta"):
+        out = varlen(x, x, x, starts, starts, 4, 4, 2, backend="triton")
+    assert torch.equal(out, varlen(x, x, x, starts, starts, 4, 4, 2, backend="triton"))
+
+
 def test_dropout_is_the_documented_mask(way):
     x = t.case(4, torch.float32, shape=(2, 2, 1, 9, 33, 8, 8), **PLAIN).inputs()
     torch.manual_seed(5)

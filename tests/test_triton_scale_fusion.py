@@ -285,6 +285,19 @@ def test_tables_are_those_of_torch(mode, align_corners):
             assert torch.equal(dense[:, : wanted.shape[1]], wanted) and not dense[:, wanted.shape[1] :].any()
 
 
+@pytest.mark.parametrize("mode, align_corners", MODES)
+def test_default_device_is_not_that_of_the_tables(mode, align_corners):
+    """As after ``torch.set_default_device("cuda")``; meta tensors are as far from the others as those of a GPU."""
+    x = torch.randn(1, 6, 5)
+    how = {"mode": mode, "align_corners": align_corners, "backend": "triton"}
+    usual = hivilt.ops.interpolate_tokens(x, (2, 3), (5, 3), **how)
+    interpolation.axis.cache_clear()
+    with torch.device("meta"):
+        out = hivilt.ops.interpolate_tokens(x, (2, 3), (5, 3), **how)
+    interpolation.axis.cache_clear()
+    assert torch.equal(out, usual)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode, align_corners", MODES)
 def test_interpolation_within_budget(mode, align_corners, dtype):

@@ -57,6 +57,7 @@ def _bank_score_gradient_kernel(
         if grad_scores is not None:
             at = b * grad_scores[1] + t.to(tl.int64) * grad_scores[2]
             result += tl.load(grad_scores[0] + at, mask=listed, other=0.0)
+        tl.debug_barrier()  # a tile of 16 lies in several warps, each of which has to have read it
         tl.store(of_scores + kept + t, tl.where(listed, result, 0.0), mask=t < topk)
     tl.store(of_scale + b, total_of(to_scale))
 

@@ -120,6 +120,7 @@ class _Search:
         self.plan, self.keys, self.exact = plan, keys, precision != "bf16" or plan.low is None
         M, C = keys.shape
         part, self.multiprocessors = launching.part_of(query)
+        self.warps = 4 if part.startswith("gfx") else 8  # of 64 threads or of 32: more spill
         self.held = HELD[configs.limits(part).shared_bytes < MUCH]
         kernel, dtype = ("bank_stream", torch.float32) if plan.few else ("bank_maxima", plan.low or torch.float32)
         self.tile = lookup(query, kernel, C, dtype)
@@ -184,8 +185,8 @@ def _list(query: Tensor, keys: Tensor, topk: int, rules: tuple, search: _Search 
             kernels._candidates_kernel, B,
             (_strided(query), None if low is None else _strided(low), rules, (search.norms, search.residues),
              search.maxima(wide, rules), found, counts, search.groups, topk),
-            8, 1, WIDTH=C, BLOCK_D=min(256, power(C)), TILES=plan.tiles, LANES=plan.lanes, EXACT=search.exact,
-            BUCKETS=min(4096, power(max(32, 8 * topk))), CAPACITY=capacity,
+            search.warps, 1, WIDTH=C, BLOCK_D=min(256, power(C)), TILES=plan.tiles, LANES=plan.lanes,
+            EXACT=search.exact, BUCKETS=min(4096, power(max(32, 8 * topk))), CAPACITY=capacity,
         )  # fmt: skip
         blocks = _cdiv(capacity, rows)
         launching.launch(

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from .. import _settings
 
-# With "_heavy" behind the name: for selections with masks and gradients with dropout, which take registers.  Attention
-# itself has the same tiles with and without masks, so that what is masked changes no bit.
+# With "_heavy" behind the name: for selections with masks and attention with dropout or a bias, which take registers.
+# Attention itself has the same tiles with and without masks, so that what is masked changes no bit.
 KERNELS = (
     "one_tile_128", "one_tile_256", "one_tile_512", "one_tile_1024", "stream_select", "merge_lists", "pack_lists",
     "gather_forward", "gather_backward", "dense_forward", "delta",
@@ -88,6 +88,7 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("one_tile_256", _HALF, 64): Config(64, 0, 8, 1),
         ("one_tile_512", _HALF, 64): Config(32, 0, 8, 1),
         ("one_tile_512", _HALF, 256): Config(16, 0, 8, 1),
+        ("one_tile_512_heavy", _HALF, 64): Config(16, 0, 8, 1),
         ("one_tile_512_heavy", _HALF, 256): Config(16, 0, 8, 1),
         ("one_tile_1024", _HALF, 64): Config(16, 0, 8, 1),
         ("one_tile_128", _SINGLE, 64): Config(16, 0, 4, 1),
@@ -95,6 +96,7 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("stream_select", _HALF, 64): Config(32, 64, 8, 1),
         ("stream_select", _HALF, 128): Config(32, 64, 8, 1),
         ("stream_select", _HALF, 256): Config(16, 64, 8, 1),
+        ("stream_select_heavy", _HALF, 64): Config(16, 64, 8, 1),
         ("stream_select_heavy", _HALF, 256): Config(16, 64, 8, 1),
         ("stream_select", _SINGLE, 64): Config(16, 64, 8, 1),
         ("stream_select", _SINGLE, 128): Config(16, 64, 8, 1),
@@ -104,19 +106,37 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("gather_forward", _HALF, 64): Config(4, 16, 4, 2),
         ("gather_forward", _HALF, 128): Config(4, 8, 4, 2),
         ("gather_forward", _HALF, 256): Config(2, 8, 4, 2),
+        ("gather_forward", _SINGLE, 64): Config(4, 8, 4, 2),
+        ("gather_forward", _SINGLE, 128): Config(4, 8, 4, 2),
+        ("gather_forward", _SINGLE, 256): Config(2, 8, 4, 2),
         ("gather_backward", _HALF, 64): Config(4, 16, 4, 2),
         ("gather_backward", _HALF, 128): Config(4, 8, 4, 2),
         ("gather_backward", _HALF, 256): Config(2, 8, 4, 2),
         ("dense_forward", _HALF, 64): Config(64, 64, 8, 2),
         ("dense_forward", _HALF, 128): Config(64, 32, 8, 2),
-        ("dense_forward", _HALF, 256): Config(32, 32, 8, 2),
+        ("dense_forward", _HALF, 256): Config(32, 32, 8, 1),
         ("dense_forward", _SINGLE, 64): Config(32, 16, 8, 1),
         ("dense_forward", _SINGLE, 128): Config(16, 16, 8, 1),
         ("dense_forward", _SINGLE, 256): Config(16, 32, 8, 1),
+        ("dense_forward_heavy", "float16", 64): Config(64, 32, 8, 2),
+        ("dense_forward_heavy", "float16", 128): Config(32, 64, 8, 2),
+        ("dense_forward_heavy", "float16", 256): Config(32, 16, 8, 2),
+        ("dense_forward_heavy", _HALF, 128): Config(32, 64, 8, 2),
+        ("dense_forward_heavy", _HALF, 256): Config(32, 32, 8, 2),
+        ("dense_forward_heavy", _SINGLE, 128): Config(16, 16, 4, 1),
         ("delta", _HALF, 64): Config(32, 0, 4, 1),
         ("dense_query_gradient_heavy", _HALF, 64): Config(64, 32, 4, 1),
+        ("dense_query_gradient_heavy", _HALF, 128): Config(64, 32, 8, 2),
+        ("dense_query_gradient_heavy", _SINGLE, 64): Config(32, 16, 8, 1),
+        ("dense_query_gradient_heavy", _SINGLE, 128): Config(16, 16, 4, 1),
         ("dense_key_gradient_heavy", _HALF, 64): Config(32, 64, 8, 1),
+        ("dense_key_gradient_heavy", _HALF, 256): Config(16, 32, 8, 1),
+        ("dense_key_gradient_heavy", "float16", 256): Config(32, 16, 8, 1),
+        ("dense_key_gradient_heavy", _SINGLE, 64): Config(32, 16, 8, 1),
+        ("dense_key_gradient_heavy", _SINGLE, 128): Config(16, 16, 4, 1),
         ("gather_backward_heavy", _HALF, 64): Config(2, 16, 4, 1),
+        ("gather_backward_heavy", _HALF, 128): Config(2, 16, 4, 1),
+        ("gather_backward_heavy", _HALF, 256): Config(2, 8, 4, 1),
         ("dense_query_gradient", _HALF, 64): Config(64, 64, 4, 2),
         ("dense_query_gradient", _HALF, 128): Config(64, 64, 8, 2),
         ("dense_query_gradient", _HALF, 256): Config(32, 32, 8, 1),
@@ -166,7 +186,9 @@ TILES: dict[tuple[str, bool], dict[int, Tile]] = {
     ("pool_gradient", False): {ANY: Tile(64, 64, 64, 8, 2)},
     ("pool_gradient", True): {ANY: Tile(32, 64, 32, 4, 1)},
     # 128 bank rows are the columns of a tile.
-    ("bank_maxima", False): {128: Tile(128, 0, 64, 8, 3), ANY: Tile(128, 0, 64, 8, 2)},
+    ("bank_maxima", False): {
+        128: Tile(128, 0, 64, 8, 3), 256: Tile(128, 0, 64, 8, 2), ANY: Tile(128, 0, 32, 8, 3),
+    },
     ("bank_maxima", True): {ANY: Tile(32, 0, 16, 8, 2)},
     ("bank_stream", True): {ANY: Tile(4, 0, 32, 8, 2)},
     # rows of x, columns, channels
@@ -198,12 +220,14 @@ def lookup(part: str, kernel: str, dtype: str, width: int) -> Config:
     kinds = tuple(dict.fromkeys((dtype, _HALF)))
     tables = (_tried, _users().get(part, {}), TABLE.get(family(part), {}), TABLE["sm_90"])
     names = tuple(dict.fromkeys((kernel, kernel.removesuffix("_heavy"))))
-    for kind, name in itertools.product(kinds, names):
-        for table, w in itertools.product(tables, widths):
+    for kind in kinds:
+        # A row of the width itself comes before a wider one, whoever's they are.
+        for w, name, table in itertools.product(widths, names, tables):
             if (name, kind, w) in table:
                 return table[name, kind, w]
-        if (name, kind, 64) in TABLE["sm_90"]:  # one row serves every width
-            return TABLE["sm_90"][name, kind, 64]
+        for name in names:
+            if (name, kind, 64) in TABLE["sm_90"]:  # one row serves every width
+                return TABLE["sm_90"][name, kind, 64]
     raise KeyError((part, kernel, dtype, width))
 
 

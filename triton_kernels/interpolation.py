@@ -38,10 +38,10 @@ def axis(size: int, out_size: int, mode: str, align_corners: bool, transposed: b
     rows, cols, weights = rows[some], cols[some], weights[some]
     # What one row reads lies side by side: positions grow with the output.
     none = size + out_size
-    starts = torch.full((count,), none).scatter_reduce_(0, rows, cols, "amin")
+    starts = torch.full((count,), none, device="cpu").scatter_reduce_(0, rows, cols, "amin")
     starts = torch.where(starts == none, 0, starts)
     width = int((cols - starts[rows]).max()) + 1
-    table = torch.zeros(count, width).index_put_((rows, cols - starts[rows]), weights, accumulate=True)
+    table = torch.zeros(count, width, device="cpu").index_put_((rows, cols - starts[rows]), weights, accumulate=True)
     return starts.int().to(device), table.to(device), width
 
 
@@ -54,10 +54,10 @@ def _taps(size: int, out_size: int, mode: str, align_corners: bool) -> tuple[Ten
         inputs = torch.cat(
             [torch.arange(a, b, device="cpu") for a, b in zip(start.tolist(), end.tolist(), strict=True)]
         )
-        return outputs, inputs, torch.ones((), dtype=torch.float32) / (end - start)[outputs]
+        return outputs, inputs, torch.ones((), dtype=torch.float32, device="cpu") / (end - start)[outputs]
     if mode == "nearest":
         inputs = (o.float() * _ratio(size, out_size)).floor().long().clamp(max=size - 1)
-        return o, inputs, torch.ones(out_size, dtype=torch.float32)
+        return o, inputs, torch.ones(out_size, dtype=torch.float32, device="cpu")
     if align_corners:
         x = o.float() * _ratio(size - 1, out_size - 1)
     else:
@@ -68,7 +68,7 @@ def _taps(size: int, out_size: int, mode: str, align_corners: bool) -> tuple[Ten
 
 
 def _ratio(a: int, b: int) -> Tensor:
-    return torch.tensor(a / b if b > 0 else 0.0, dtype=torch.float32)
+    return torch.tensor(a / b if b > 0 else 0.0, dtype=torch.float32, device="cpu")
 
 
 def axes(grid, out_grid, mode: str, align_corners: bool, transposed: bool, device: torch.device) -> list[Axis | None]:

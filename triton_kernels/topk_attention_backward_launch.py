@@ -79,7 +79,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
 def _gather_backward(call: Call, up: Upstream, lists: Tensor, grads: list[Tensor]) -> None:
     key_grad = grads[1].dim() > 1
     grad_query, grad_key, grad_value = (launch.strided(x) if x.dim() > 1 else None for x in grads)
-    config = call.tiles("gather_backward", call.seed)
+    config = call.tiles("gather_backward")
     sides, mask, length = call.sides(up.grad_out), launch.mask(call.masks.attn_mask), lists.shape[3]
     widths = {
         "WIDTH": call.width, "VALUE_WIDTH": call.value_width, "BLOCK_R": config.rows, "BLOCK_L": config.cols,
@@ -136,14 +136,14 @@ def _dense_backward(call: Call, up: Upstream, bits: tuple | None, orientation: i
     before = (*call.sides(up.grad_out), *up.row_arguments())
     after = (bits, *call.masks.arguments(), *call.dropout(), call.scale)
     widths = _dense_widths(call, orientation)
-    config = call.tiles("dense_query_gradient", call.seed)
+    config = call.tiles("dense_query_gradient")
     tasks, blocks = call.query_tasks(config.rows)
     if tasks:
         launch.launch(
             _query_gradient_kernel, tasks, (*before, grad_query, *after, call.problem.heads, blocks),
             config.warps, config.stages, BLOCK_R=config.rows, BLOCK_C=config.cols, **widths,
         )  # fmt: skip
-    config = call.tiles("dense_key_gradient", call.seed)
+    config = call.tiles("dense_key_gradient")
     tasks, blocks = call.key_tasks(config.cols)
     if tasks and key_grad:
         launch.launch(
@@ -154,7 +154,7 @@ def _dense_backward(call: Call, up: Upstream, bits: tuple | None, orientation: i
 
 def _bias_gradient(call: Call, up: Upstream, bits: tuple | None, orientation: int) -> Tensor:
     p, bias = call.problem, call.masks.attn_mask
-    config = call.tiles("bias_gradient")
+    config = plan.tiles(call.query, "bias_gradient", (call.width, call.value_width))
     row_blocks, col_blocks = cdiv(p.queries, config.rows), cdiv(p.keys, config.cols)
     # An axis of size 1 needs no summing where the call has one element of it as well.
     sizes = (p.batches, p.heads, p.queries, p.keys)

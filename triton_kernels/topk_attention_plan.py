@@ -89,8 +89,11 @@ class Call(NamedTuple):
         """seed and dropout_p as arguments of kernels."""
         return self.seed, launch.dropout(self.dropout_p) if self.seed is not None else None
 
-    def tiles(self, kernel: str, *extras: Tensor | None) -> configs.Config:
-        return tiles(self.query, kernel, (self.width, self.value_width), extras)
+    def tiles(self, kernel: str) -> configs.Config:
+        """Those of calls with dropout or a bias may differ: both take registers.  What is masked changes no tile."""
+        mask = self.masks.attn_mask
+        bias = mask if mask is not None and mask.is_floating_point() else None
+        return tiles(self.query, kernel, (self.width, self.value_width), (self.seed, bias))
 
     def query_tasks(self, rows: int) -> tuple[int, int]:
         """(programs, blocks of a head) for blocks of so many queries."""

@@ -125,6 +125,15 @@ def calls() -> Iterator[Call | Fusion | Interpolation | Pool | Bank | Contrast]:
         yield replace(call, mask="bias", dropout=True)
         yield replace(call, dropout=True)
         yield replace(call, packed=True, groups=4)
+    # The most registers: all that a call can have at once; and masks alone, with which attention keeps its tiles.
+    for width in (64, 128, 256):
+        for dtype in DTYPES:
+            for call in KINDS:
+                masked = replace(call, width=width, dtype=dtype, mask="bool", token_masks=True)
+                for kernel in ("_attention", "_query_gradient", "_key_gradient", "_stream", "_gather_forward"):
+                    yield replace(masked, mask="bias", dropout=True, kernel=kernel)
+                for kernel in ("_attention_forward", "_query_gradient", "_key_gradient"):
+                    yield replace(masked, kernel=kernel)
     for shape in ((), (1, 12, 1024, 512), (8, 1, 1, 512), (1, 12, 1024, 1), (1, 1, 1, 1)):
         yield replace(FINE, mask="bias", mask_shape=shape, kernel="_bias_gradient")
     for dtype, width in (("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128), ("fp32", 256)):

@@ -125,7 +125,7 @@ def _packed(query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_
     for name, offsets, x in (("cu_seqlens_q", cu_seqlens_q, query), ("cu_seqlens_k", cu_seqlens_k, key)):
         values = _checks.check_offsets("hivilt", name, offsets, x.shape[2])
         longest.append(max((end - start for start, end in pairwise(values)), default=0))
-        starts.append(torch.tensor(values, dtype=torch.int32).to(x.device, non_blocking=True))
+        starts.append(torch.tensor(values, dtype=torch.int32, device="cpu").to(x.device, non_blocking=True))
     return _plan().Packed(*starts, *longest)
 
 
