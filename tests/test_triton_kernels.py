@@ -172,6 +172,21 @@ def test_packed_calls(way, axis):
     assert not out[tokens[0] - 2 :].any() and (lse[tokens[0] - 2 :] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("keys", [20, 70])
+def test_indices_out_of_range_list_nothing(monkeypatch, keys):
+    """As in a captured CUDA graph, where nobody can look at them: both ways, under a bitmask and over lists."""
+    monkeypatch.setattr("hivilt.ops._topk_attention_triton.check_lists", lambda *_: None)
+    leaves = [torch.randn(2, 2, n, 8, requires_grad=True) for n in (5, keys, keys)]
+    sound = torch.tensor([[3, -1], [0, 9], [-1, -1], [19, 4], [-1, 2]], dtype=torch.int32).expand(2, 2, 5, 2)
+    found = []
+    for wild in (-1, keys, keys + 3, 2**31 - 1):
+        indices = torch.where(sound < 0, wild, sound)
+        out = hivilt.ops.selected_attention(*leaves, indices, backend="triton")
+        found.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_default_device_is_not_that_of_segments():
     """As after ``torch.set_default_device("cuda")``."""
     x, starts = torch.randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)

@@ -111,7 +111,8 @@ def _inverse(lists: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """
     slices = lists.shape[0] * lists.shape[1]
     number = torch.arange(slices, device=lists.device).view(*lists.shape[:2], 1, 1) * columns
-    column = torch.where(lists < 0, slices * columns, lists + number).flatten()
+    # What is out of range, which no captured graph checks, would be taken for a column of the next slice.
+    column = torch.where((lists < 0) | (lists >= columns), slices * columns, lists + number).flatten()
     if slices * columns < 2**31 - 1:
         column = column.to(torch.int32)
     column, entries = column.sort(stable=True)
