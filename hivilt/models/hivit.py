@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..reference import models as plain
-from ..reference.models.hivit import VARIANTS
+from ..reference.models.hivit import VARIANTS, of_size
 from ..swap import accelerate
 
 
@@ -26,21 +26,4 @@ class ProgressiveHiViT(plain.ProgressiveHiViT):
         accelerate(self)
 
 
-def hivit_tiny(**options: Any) -> HiViT:
-    """C = 96, 8 heads, 12 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["tiny"], **options)
-
-
-def hivit_small(**options: Any) -> HiViT:
-    """C = 128, 8 heads, 12 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["small"], **options)
-
-
-def hivit_base(**options: Any) -> HiViT:
-    """C = 192, 12 heads, 12 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["base"], **options)
-
-
-def hivit_large(**options: Any) -> HiViT:
-    """C = 256, 16 heads, 24 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["large"], **options)
+hivit_tiny, hivit_small, hivit_base, hivit_large = (of_size(HiViT, name) for name in VARIANTS)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -379,24 +379,20 @@ class ProgressiveHiViT(HiViT):
         return self.current_scales
 
 
-def hivit_tiny(**options: Any) -> HiViT:
-    """C = 96, 8 heads, 12 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["tiny"], **options)
+def of_size(model: Callable[..., nn.Module], name: str) -> Callable[..., nn.Module]:
+    """The function ``hivit_<name>``, which makes such a model with the config VARIANTS[name]."""
+
+    def build(**options: Any) -> nn.Module:
+        return model(VARIANTS[name], **options)
+
+    C, heads, layers = VARIANTS[name].values()
+    build.__doc__ = f"""C = {C}, {heads} heads, {layers} layers; ``options`` as for HiViT."""
+    build.__name__ = build.__qualname__ = f"hivit_{name}"
+    build.__module__ = model.__module__
+    return build
 
 
-def hivit_small(**options: Any) -> HiViT:
-    """C = 128, 8 heads, 12 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["small"], **options)
-
-
-def hivit_base(**options: Any) -> HiViT:
-    """C = 192, 12 heads, 12 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["base"], **options)
-
-
-def hivit_large(**options: Any) -> HiViT:
-    """C = 256, 16 heads, 24 layers; ``options`` as for HiViT."""
-    return HiViT(VARIANTS["large"], **options)
+hivit_tiny, hivit_small, hivit_base, hivit_large = (of_size(HiViT, name) for name in VARIANTS)
 
 
 def count_parameters(config: Mapping[str, Any] | None = None, **options: Any) -> int:

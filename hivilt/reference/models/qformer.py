@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._checks import check_choice, check_dropout, check_mask, check_size, check_tensor, refuse
+from ..modules._checks import check_choice, check_dropout, check_mask, check_size, check_tensor, check_tokens, refuse
 from ..modules._config import read_config
 from ..modules._hugging_face import check_class, without_memory
 from ..modules.qformer import QFormerLayer
@@ -258,18 +258,14 @@ class QFormer(nn.Module):
 
     def _check_image(self, query: Any, image: Any, image_mask: Any) -> tuple[Tensor, Tensor | None]:
         where = "QFormer"
-        check_tensor(where, "image", image, "(B, N, C)", 3)
-        if image.shape[2] != self.encoder_dim:
-            refuse(ValueError, where, "image", f"{self.encoder_dim} channels", image)
+        check_tokens(where, "image", image, "(B, N, C)", self.encoder_dim)
         if image_mask is not None:
             image_mask = check_mask(where, "image_mask", image_mask, tuple(image.shape[:2]))
         if query is None:
             if self.query_tokens is None:
                 refuse(ValueError, where, "query", "a tensor, because num_query_tokens is 0", query)
             return self.query_tokens, image_mask
-        check_tensor(where, "query", query, "(B, Q, C)", 3)
-        if query.shape[2] != self.dim:
-            refuse(ValueError, where, "query", f"{self.dim} channels", query)
+        check_tokens(where, "query", query, "(B, Q, C)", self.dim)
         if query.shape[0] not in (1, image.shape[0]):
             refuse(ValueError, where, "query", f"the batch of image, {image.shape[0]}, or 1", query)
         return query, image_mask

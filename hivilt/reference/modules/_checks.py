@@ -83,6 +83,14 @@ def check_tensor(where: str, name: str, x: Any, form: str, rank: int) -> Tensor:
     return x
 
 
+def check_tokens(where: str, name: str, x: Any, form: str, width: int) -> Tensor:
+    """A tensor of rank 3 with so many channels."""
+    check_tensor(where, name, x, form, 3)
+    if x.shape[2] != width:
+        refuse(ValueError, where, name, f"{width} channels", x)
+    return x
+
+
 def check_scales(where: str, name: str, features: Any, widths: Sequence[int | None], rank: int = 3) -> list[Tensor]:
     """One tensor (B, N_s, C_s), or (B, C_s) when rank is 2, per scale; a width of None is not looked at."""
     form = "(B, N, C)" if rank == 3 else "(B, C)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_dropout, check_mask, check_size, check_tensor, refuse
+from ._checks import check_choice, check_dropout, check_mask, check_size, check_tokens, refuse
 from ._heads import attend, check_heads, check_topk, merge_heads, split_heads
 from .vision_block import ACTIVATIONS
 
@@ -184,9 +184,7 @@ class QFormerLayer(nn.Module):
 
     def _check(self, x, image, image_mask, attn_mask, num_queries) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         where = "QFormerLayer"
-        check_tensor(where, "x", x, "(B, N, C)", 3)
-        if x.shape[2] != self.dim:
-            refuse(ValueError, where, "x", f"{self.dim} channels", x)
+        check_tokens(where, "x", x, "(B, N, C)", self.dim)
         Q = x.shape[1] if num_queries is None else num_queries
         if isinstance(Q, bool) or not isinstance(Q, int):
             refuse(TypeError, where, "num_queries", "an int of at least 0, or None", num_queries)
@@ -198,9 +196,7 @@ class QFormerLayer(nn.Module):
             refuse(TypeError, where, "attn_mask", "a bool tensor", attn_mask)
         if self.encoder_dim is None or Q == 0:
             return x, None, None, Q
-        check_tensor(where, "image", image, "(B, N, C)", 3)
-        if image.shape[2] != self.encoder_dim:
-            refuse(ValueError, where, "image", f"{self.encoder_dim} channels", image)
+        check_tokens(where, "image", image, "(B, N, C)", self.encoder_dim)
         if x.shape[0] not in (1, image.shape[0]) or (x.shape[0] != image.shape[0] and Q < x.shape[1]):
             refuse(ValueError, where, "image", f"the batch of x, {x.shape[0]}", image)
         if image_mask is not None:
