@@ -195,6 +195,9 @@ def test_normalize_makes_rows_of_length_1(kind):
         torch.testing.assert_close(bank.bank, true, rtol=1e-6, atol=0)
     bank.update(torch.tensor([[0.8, 0.6]]), torch.tensor([1]))
     assert bank.bank[1].norm().item() == pytest.approx(1.0, abs=1e-6)
+    bank = kind(4, 3, normalize=True, dtype=torch.float64)
+    bank.update(torch.randn(4, 3))  # float32 rows are divided as exactly as the bank can hold
+    torch.testing.assert_close(bank.bank.norm(dim=1), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 def test_rows_are_stored_without_gradients(kind):

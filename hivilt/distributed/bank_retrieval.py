@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._checks import FLOATS, INT32_MAX, Said, check_flag, check_number, check_tensor, check_topk, refuse
-from ..reference.modules._bank_reading import unit
+from ..reference.modules._bank_reading import unit, wide_dtype
 from . import state as states
 from .candidates import shard_rows
 from .exchange import Exchange
@@ -209,7 +209,8 @@ class ShardedFeatureBank(nn.Module):
             def prepare() -> Header:
                 nonlocal stays
                 self._check_rows("features", features)
-                stays = (unit(features) if self.normalize else features).to(self.bank.dtype)
+                wide = wide_dtype(features.dtype, self.bank.dtype)
+                stays = (unit(features.to(wide)) if self.normalize else features).to(self.bank.dtype)
                 if self.on_nonfinite != "keep":
                     finite = stays.isfinite().all(1)
                     if self.on_nonfinite == "raise" and not bool(finite.all()):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._bank_reading import INF, unit
+from ._bank_reading import INF, unit, wide_dtype
 from ._checks import check_size, check_tensor, refuse
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,7 +37,7 @@ def check_update(bank: nn.Module, features: Any, slots: Any) -> Tensor:
                 refuse(ValueError, where, "slots", f"values from 0 to {bank.bank_size - 1}", int(outside[0]))
     rows = features.detach()
     if bank.normalize:
-        rows = unit(rows)
+        rows = unit(rows.to(wide_dtype(rows.dtype, bank.bank.dtype)))
     if bank.on_nonfinite == "raise" and not bool(rows.to(bank.bank.dtype).isfinite().all()):
         expected = f"rows that are finite in {str(bank.bank.dtype)[6:]}, because on_nonfinite is 'raise'"
         raise ValueError(f"{where}: features: expected {expected}; got NaN or infinity")
