@@ -287,6 +287,9 @@ def test_encoders_may_be_injected(room):
     assert all(x.isfinite().all() for x in out.values())
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert (encoders["vision_encoder"].token.grad == 0).all()  # dropped in front
+    model.prefix_tokens = 99
+    with pytest.raises(ValueError, match="output of vision_encoder: expected at least the 99 prefix_tokens"):
+        model(images, text)
 
 
 @ROOMS

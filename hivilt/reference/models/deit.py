@@ -6,6 +6,7 @@ hivilt.losses.distillation_loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._checks import check_dropout, check_size, check_tensor, refuse
+from ..modules._bank_arguments import check_number
+from ..modules._checks import check_choice, check_dropout, check_flag, check_size, check_tensor, refuse
 from ..modules._config import read_config
+from ..modules._heads import check_heads
 from ..modules._hugging_face import check_class, find, share_block, without_memory
-from ..modules.vision_block import VisionBlock
+from ..modules.vision_block import ACTIVATIONS, VisionBlock
 from ..modules.window_attention import check_pair
 
 DEFAULTS = {
@@ -70,6 +73,11 @@ class DeiT(nn.Module):
         c = SimpleNamespace(**read_config(where, config, options, DEFAULTS))
         for name in ("num_channels", "hidden_size", "num_hidden_layers", "intermediate_size", "num_labels"):
             check_size(where, name, getattr(c, name))
+        check_number(where, "drop_path_rate", c.drop_path_rate, 0.0, 1.0)
+        check_number(where, "layer_norm_eps", c.layer_norm_eps, 0.0, math.inf)
+        check_choice(where, "hidden_act", c.hidden_act, tuple(ACTIVATIONS))
+        check_flag(where, "qkv_bias", c.qkv_bias)
+        check_heads(where, c.hidden_size, c.num_attention_heads, "num_attention_heads")
         image, patch = check_pair(where, "image_size", c.image_size), check_pair(where, "patch_size", c.patch_size)
         if any(side < size for side, size in zip(image, patch, strict=True)):
             refuse(ValueError, where, "patch_size", f"at most image_size = {image}", patch)

@@ -191,6 +191,9 @@ class HierarchicalViLTransformer(nn.Module):
             tokens = self.vision_encoder(images, vision_mask)
         else:
             tokens = states(NAME, "vision_encoder", self.vision_encoder(images), self.vision_dim)
+            if tokens.shape[1] < self.prefix_tokens:
+                expected = f"at least the {self.prefix_tokens} prefix_tokens of vision_config"
+                refuse(ValueError, NAME, "output of vision_encoder", expected, tokens)
             tokens = tokens[:, self.prefix_tokens :]
         if vision_mask is None:
             return self.vision_proj(tokens), None

@@ -3,6 +3,7 @@ between the stages  (arXiv 2103.14030)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._checks import check_dropout, check_size, check_sizes, check_tensor, refuse
+from ..modules._bank_arguments import check_number
+from ..modules._checks import (
+    check_choice,
+    check_dropout,
+    check_flag,
+    check_size,
+    check_sizes,
+    check_tensor,
+    refuse,
+)
 from ..modules._config import read_config
 from ..modules._hugging_face import check_class, find, share_block, without_memory
+from ..modules.vision_block import ACTIVATIONS
 from ..modules.window_attention import Pair, SwinBlock, check_pair
 from .deit import PatchEmbed
 
@@ -88,6 +99,13 @@ class SwinTransformer(nn.Module):
         c = SimpleNamespace(**read_config(where, config, options, DEFAULTS))
         for name in ("num_channels", "embed_dim", "window_size"):
             check_size(where, name, getattr(c, name))
+        check_number(where, "drop_path_rate", c.drop_path_rate, 0.0, 1.0)
+        check_number(where, "layer_norm_eps", c.layer_norm_eps, 0.0, math.inf)
+        check_choice(where, "hidden_act", c.hidden_act, tuple(ACTIVATIONS))
+        check_flag(where, "qkv_bias", c.qkv_bias)
+        check_flag(where, "use_absolute_embeddings", c.use_absolute_embeddings)
+        if check_number(where, "mlp_ratio", c.mlp_ratio, 0.0, math.inf) * c.embed_dim < 1:
+            refuse(ValueError, where, "mlp_ratio", "room for a channel in the MLP of the first stage", c.mlp_ratio)
         if isinstance(c.depths, str) or not hasattr(c.depths, "__len__"):
             refuse(TypeError, where, "depths", "a tuple of sizes", c.depths)
         depths = check_sizes(where, "depths", c.depths, max(1, len(c.depths)))

@@ -66,6 +66,12 @@ def check_dropout(where: str, x: Any) -> float:
     return float(x)
 
 
+def check_flag(where: str, name: str, x: Any) -> bool:
+    if not isinstance(x, bool):
+        refuse(TypeError, where, name, "a bool", x)
+    return x
+
+
 def check_choice(where: str, name: str, x: Any, legal: Sequence[str]) -> str:
     expected = "one of " + ", ".join(map(repr, legal))
     if not isinstance(x, str):

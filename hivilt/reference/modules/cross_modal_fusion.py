@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._bank_reading import unit
-from ._checks import check_choice, check_dropout, check_mask, check_size, check_tensor, refuse
+from ._checks import check_choice, check_dropout, check_flag, check_mask, check_size, check_tensor, refuse
 from ._config import REQUIRED, read_config
 from .token_pool import POOLS, AdaptiveGlobalPooling
 from .topk_attention import MultiheadAttention
@@ -403,12 +403,6 @@ def check_width(where: str, hidden_dim: Any, num_heads: Any, dropout: Any) -> No
     if hidden_dim % check_size(where, "num_heads", num_heads):
         refuse(ValueError, where, "num_heads", f"a divisor of hidden_dim = {hidden_dim}", num_heads)
     check_dropout(where, dropout)
-
-
-def check_flag(where: str, name: str, x: Any) -> bool:
-    if not isinstance(x, bool):
-        refuse(TypeError, where, name, "a bool", x)
-    return x
 
 
 def check_pair(

@@ -18,6 +18,7 @@ from ._checks import (
     check_active,
     check_choice,
     check_dropout,
+    check_flag,
     check_grids,
     check_mask,
     check_scales,
@@ -75,12 +76,6 @@ def check_heads(where: str, hidden_dim: Any, num_heads: Any) -> tuple[int, int]:
     if C % H:
         refuse(ValueError, where, "num_heads", f"a divisor of hidden_dim = {C}", num_heads)
     return C, H
-
-
-def check_flag(where: str, name: str, x: Any) -> bool:
-    if not isinstance(x, bool):
-        refuse(TypeError, where, name, "a bool", x)
-    return x
 
 
 def check_masks(where: str, name: str, masks: Any, features: Sequence[Tensor]) -> list[Tensor]:

@@ -6,9 +6,12 @@ the layer has a cross-attention; queries and words have a feed-forward part each
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from ._bank_arguments import check_number
 from ._checks import check_choice, check_dropout, check_mask, check_size, check_tokens, refuse
 from ._heads import attend, check_heads, check_topk, merge_heads, split_heads
 from .vision_block import ACTIVATIONS
@@ -128,6 +131,7 @@ class QFormerLayer(nn.Module):
         check_choice(where, "activation", activation, tuple(ACTIVATIONS))
         if not isinstance(text, bool):
             refuse(TypeError, where, "text", "a bool", text)
+        check_number(where, "eps", eps, 0.0, math.inf)
         hidden = 4 * dim if hidden is None else check_size(where, "hidden", hidden)
         self.dim = dim
         self.encoder_dim = None if encoder_dim is None else check_size(where, "encoder_dim", encoder_dim)

@@ -5,12 +5,14 @@ Parameter names are timm's and those of the DeiT and Swin repositories.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_dropout, check_size, check_tensor, refuse
+from ._bank_arguments import check_number
+from ._checks import check_choice, check_dropout, check_flag, check_size, check_tensor, refuse
 from ._heads import attend, check_heads, merge_heads, project, split_heads
 
 ACTIVATIONS = {
@@ -75,6 +77,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads("SelfAttention", dim, num_heads)
+        check_flag("SelfAttention", "qkv_bias", qkv_bias)
         self.dim, self.num_heads = dim, num_heads
         self.attn_drop = check_dropout("SelfAttention", attn_drop)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
@@ -121,7 +124,10 @@ class VisionBlock(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_heads(type(self).__name__, dim, num_heads)
+        where = type(self).__name__
+        check_heads(where, dim, num_heads)
+        check_number(where, "mlp_ratio", mlp_ratio, 0.0, math.inf)
+        check_number(where, "eps", eps, 0.0, math.inf)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.attn = self.attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=dropout, **options)
         self.mlp = Mlp(dim, int(dim * mlp_ratio) if hidden is None else hidden, activation, dropout)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_dropout, check_size, check_sizes, check_tensor, refuse
+from ._checks import check_dropout, check_flag, check_size, check_sizes, check_tensor, refuse
 from ._heads import check_heads, merge_heads, project, split_heads
 from .vision_block import VisionBlock
 
@@ -50,6 +50,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         where = "WindowAttention"
         check_heads(where, dim, num_heads)
+        check_flag(where, "qkv_bias", qkv_bias)
         self.dim, self.num_heads = dim, num_heads
         self.window_size = check_pair(where, "window_size", window_size)
         self.attn_drop = check_dropout(where, attn_drop)
