@@ -168,12 +168,18 @@ def test_repr_tells_the_options():
         ({"axis": 0}, TypeError),
         ({"select": "score"}, ValueError),
         ({"select": None}, TypeError),
+        ({"num_heads": 5}, ValueError),
+        ({"num_heads": 4.0}, TypeError),
+        ({"embed_dim": 0}, ValueError),
+        ({"dropout": 1.5}, ValueError),
+        ({"kdim": -1}, ValueError),
+        ({"vdim": "16"}, TypeError),
     ],
     ids=str,
 )
 def test_bad_options_are_refused(options, kind):
     with pytest.raises(kind, match=next(iter(options))):
-        MultiheadAttention(E, H, **options)
+        MultiheadAttention(**{"embed_dim": E, "num_heads": H, **options})
     with pytest.raises(TypeError):
         MultiheadAttention(E, H, 0.0, True, False, False, None, None, False, None, None, 4)  # keyword only
 

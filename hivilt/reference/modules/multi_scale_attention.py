@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._bank_arguments import check_number
 from ._checks import (
     check_active,
     check_choice,
@@ -360,9 +361,9 @@ class FlashMultiScaleAttention(nn.Module):
     def __init__(self, dropout: float = 0.0, scale: float | None = None) -> None:
         super().__init__()
         self.dropout = check_dropout("FlashMultiScaleAttention", dropout)
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-            refuse(TypeError, "FlashMultiScaleAttention", "scale", "a number or None", scale)
         self.scale = scale
+        if scale is not None:
+            self.scale = check_number("FlashMultiScaleAttention", "scale", scale, -math.inf, math.inf)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """q [B, Q, H, D], k [B, N, H, D], v [B, N, H, E] to [B, Q, H, E].

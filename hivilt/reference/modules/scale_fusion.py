@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._bank_arguments import check_number
 from ._checks import (
     check_active,
     check_choice,
@@ -166,6 +167,7 @@ class CrossScaleFusion(nn.Module):
             self.dims = check_sizes(where, "dims", dims, num_scales)
         check_choice(where, "norm", norm, NORMS)
         check_choice(where, "act", act, tuple(ACTIVATIONS))
+        check_number(where, "norm_eps", norm_eps, 0.0, math.inf)
         if not isinstance(align_corners, bool):
             refuse(TypeError, where, "align_corners", "a bool", align_corners)
         self.align_corners = align_corners

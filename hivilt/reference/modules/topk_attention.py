@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..topk_attention import allowed, pairs, topk_attention
-from ._checks import refuse
+from ._checks import check_dropout, check_size, refuse
 from ._inner import Inner, why_changed
 
 INF = float("inf")
@@ -79,6 +79,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         select: str = "scores",
     ) -> None:
         check_options(topk, axis, select)
+        check_size(NAME, "embed_dim", embed_dim)
+        if embed_dim % check_size(NAME, "num_heads", num_heads):
+            refuse(ValueError, NAME, "num_heads", f"a divisor of embed_dim = {embed_dim}", num_heads)
+        check_dropout(NAME, dropout)
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                check_size(NAME, name, width)
         if select == "raw" and kdim not in (None, embed_dim):
             refuse(ValueError, NAME, "kdim", f"embed_dim = {embed_dim}, because select='raw' compares both", kdim)
         super().__init__(
