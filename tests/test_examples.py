@@ -12,13 +12,23 @@ for package in ("matplotlib", "tqdm"):
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 DEMOS = {
-    "shapes_vqa": ("words keep 4", "keep 4 from half-time", "keep 1 of 16", "hierarchical"),
+    "shapes_vqa": (
+        "words keep 4",
+        "keep 4 from half-time",
+        "keep 1 of 16",
+        "hierarchical",
+        "hierarchical, plain f",
+        "mask in training only",
+        "never a mask",
+    ),
+    "two_scales": ("fine patches only", "fine and coarse"),
+    "distillation": ("teacher", "student, none", "student, soft", "student, hard"),
     "moving_bank": ("no bank", "topk=64", "all rows (dense)"),
     "caption_retrieval": ("batches of 16",),
     "caption_cache": ("projected again every step", "projected once, then cached"),
 }
 FLAGS = {"shapes_vqa": ("--all",)}
-PICTURES = ("shapes_vqa", "moving_bank")
+PICTURES = ("shapes_vqa", "two_scales", "moving_bank")
 
 
 def test_every_demo_is_tested():

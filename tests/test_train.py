@@ -82,6 +82,14 @@ def answer(scene, words):
     return "yes" if words[3] in shapes + colors else "no"
 
 
+def test_questions_are_of_the_kinds_asked_for():
+    scenes, wanted = data.make_scenes(200, data.generator(1)), torch.arange(200) % len(data.KINDS)
+    found = data.make_questions(scenes, data.generator(2), wanted).kinds
+    instead = found[found != wanted]  # where all objects of a scene stand in one column
+    assert (found == wanted).float().mean() > 0.95 and (instead == data.KINDS.index("count")).all()
+    assert (wanted[found != wanted] == data.KINDS.index("left of")).all()
+
+
 def test_answers_are_what_a_person_would_say():
     scenes = data.make_scenes(400, data.generator(1))
     asked = data.make_questions(scenes, data.generator(2))

@@ -147,15 +147,18 @@ def _tables() -> tuple[Tensor, Tensor, Tensor]:
 SENTENCE_WORDS, SENTENCE_LENGTHS, SENTENCE_KINDS = _tables()
 
 
-def make_questions(scenes: Scenes, g: torch.Generator, kind: str | None = None) -> Questions:
-    """One question for each scene, of a random kind or of this one.
+def make_questions(scenes: Scenes, g: torch.Generator, kind: str | Tensor | None = None) -> Questions:
+    """One question for each scene, of a random kind, of this one, or of these [B], numbers of KINDS.
 
     Yes and no are as likely; "left of" asks about objects of different columns, and a scene that has none gets "count"
     instead.
     """
     B = len(scenes)
     rows = torch.arange(B)
-    kinds = torch.randint(len(KINDS), (B,), generator=g) if kind is None else torch.full((B,), KINDS.index(kind))
+    if isinstance(kind, Tensor):
+        kinds = kind
+    else:
+        kinds = torch.randint(len(KINDS), (B,), generator=g) if kind is None else torch.full((B,), KINDS.index(kind))
     present = torch.arange(MOST) < scenes.count[:, None]
     column = scenes.cells[:, :MOST] % GRID
     apart = (column[:, :, None] != column[:, None]) & present[:, :, None] & present[:, None]
