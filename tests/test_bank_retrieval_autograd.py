@@ -219,6 +219,22 @@ def test_a_query_without_valid_rows_may_hold_anything(where, read, bad):
         torch.testing.assert_close(a, b, msg=f"gradient of {name}")
 
 
+def test_dense_gradient_of_the_scale_has_the_same_bits(where):
+    """With one thread or two, in any layout of the query."""
+    backend, device = where
+    x = {"query": plain.numbers(0, 700, 60).to(device), "keys": plain.numbers(1, 8, 60).to(device)}
+
+    def gradient(query):
+        scale = torch.tensor(0.1, device=device, requires_grad=True)
+        return torch.autograd.grad(attend(query, x["keys"], scale=scale, backend=backend)[0].sum(), scale)[0]
+
+    want = gradient(x["query"])
+    for layout in ("permuted", "step2_last", "step2_row"):
+        assert torch.equal(gradient(t.relayout(x["query"], layout)), want), layout
+    torch.set_num_threads(1)
+    assert torch.equal(gradient(x["query"]), want)
+
+
 def test_dense_reading_in_pieces(where):
     """Rows too wide and too many to be packed at once on the CPU, several blocks of queries; values near the largest
     number come late, and a NaN that a query may not see stays out of its sums."""

@@ -131,8 +131,11 @@ def bank_attention(
 def _scaled(query: Tensor, scale: Tensor) -> Tensor:
     """query * scale, whose gradient for the scale leaves out what is not finite: a query that no valid row answers gets
     the gradient 0, and 0 * NaN would be NaN.  One that a row does answer is lost, its gradient is NaN anyway."""
+    query = query.contiguous()
     fine = query.isfinite()
-    return torch.where(fine, torch.where(fine, query, 0.0) * scale, query * scale.detach())
+    # First a sum along each row: neither strides nor, below 2^15 queries, threads choose its order.
+    each = scale.expand(query.shape[0], 1)
+    return torch.where(fine, torch.where(fine, query, 0.0) * each, query * scale.detach())
 
 
 def bank_push_(
