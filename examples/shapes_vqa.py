@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
@@ -187,7 +187,7 @@ def main() -> None:
     arguments = options(__doc__.splitlines()[0], all="models that show what else was tried")
     scenes, steps, seeds = (256, 6, SEEDS[:1]) if arguments.quick else (4096, STEPS, SEEDS)
     kinds = [kind for kind in TIMES if arguments.all or kind not in MORE]
-    tables: dict[str, dict[str, list]] = {"learned": {row: [] for row in ROWS}}
+    halves, tables = [], {"learned": {row: [] for row in ROWS}}
     with ProcessPoolExecutor(2, get_context("spawn")) as two:  # two cores, one training on each
         if not arguments.quick:
             for _ in range(2):
@@ -199,12 +199,12 @@ def main() -> None:
         data = make_pool(encoder, scenes, 0, 6), make_pool(encoder, 1024 if scenes > 1024 else 64, 0, 7)
         jobs = [(kind, seed, steps, *data) for kind in kinds for seed in seeds]
         run = (lambda job: learn(*job)) if arguments.quick else None
-        done = map(run, jobs) if run else (job.result() for job in as_completed([two.submit(learn, *j) for j in jobs]))
+        done = map(run, jobs) if run else (job.result() for job in [two.submit(learn, *job) for job in jobs])
         for found, model in tqdm(done, "training", total=len(jobs)):
             for name, row, columns in found:
                 tables.setdefault(name, {}).setdefault(row, []).append(columns)
-            if found[-1][1] == HALF:
-                drawn = model
+            if "words see 16" in (row for _, row, _ in found):
+                halves.append(model)
     print(f"\nright answers in percent, {len(data[1].scenes)} new scenes, seeds {seeds}")
     print(table({row: seeds for row, seeds in tables["learned"].items() if seeds}))
     print("\nthe models that saw all patches while they learned, words now keep only some of them")
@@ -212,7 +212,7 @@ def main() -> None:
     print("\nquestions with the padding they had in training, and each without any: mean of all kinds")
     print(table(tables["mask"]))
     path = arguments.out / "shapes_vqa.png"
-    draw_words(drawn, encoder, path)
+    draw_words(halves[0], encoder, path)
     print(f"\npicture of the patches each word keeps: {path}")
 
 
