@@ -264,13 +264,15 @@ def test_same_bits_every_time(where, dtype, shape):
 def test_batch_neighbours(where, dtype):
     """A sample's output and gradient depend neither on how many others there are nor on its place among them."""
     backend, device = where
-    x = plain.call(17, 130, 40, 10, dtype, masked=True)
-    g = numbers(3, 17, 40, dtype=dtype)
-    whole = run(x, backend, device, g)
-    for pick in (slice(0, 1), slice(3, 4), slice(1, 3), slice(13, 17)):
-        part = x | {"features": x["features"][pick], "mask": x["mask"][pick]}
-        got = run(part, backend, device, g[pick])
-        assert torch.equal(got["out"], whole["out"][pick]) and torch.equal(got["features"], whole["features"][pick])
+    for tokens, batch, channels in ((130, 17, 40), (700, 9, 6)):
+        x = plain.call(batch, tokens, channels, 10, dtype, masked=True)
+        g = numbers(3, batch, channels, dtype=dtype)
+        whole = run(x, backend, device, g)
+        for pick in (slice(0, 1), slice(3, 4), slice(1, 3), slice(batch - 4, batch)):
+            part = x | {"features": x["features"][pick], "mask": x["mask"][pick]}
+            got = run(part, backend, device, g[pick])
+            assert torch.equal(got["out"], whole["out"][pick]), (tokens, pick)
+            assert torch.equal(got["features"], whole["features"][pick]), (tokens, pick)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -19,7 +19,8 @@ from .scale_fusion_launch import sum_partials, weight_gradient
 POOLS = ("mean", "max", "attention")
 # Channels up to which scores are computed beside the pools; a product of float32 that wide would fill the registers.
 WHOLE_TOKENS = {torch.float32: 0, torch.bfloat16: 256, torch.float16: 256}
-PROGRAMS = 264  # that a call is split into, if it has tokens for so many
+PROGRAMS = 264  # that sums over all tokens are split into, if there are so many
+PARTS = 16  # of a sample at most, which meet in its pools
 MIXED = 4  # numbers per sample
 
 
@@ -65,7 +66,7 @@ def token_pool(features, proj_weight, proj_bias, score_weight, score_bias, pool_
     tile = lookup(x, "pool", C if here else ANY)
     cols = power(C) if here else min(tile.cols, power(C))
     col_blocks = _cdiv(C, cols)
-    parts = max(1, min(_cdiv(N, 2 * tile.rows), PROGRAMS // B if B < PROGRAMS else 1))
+    parts = min(_cdiv(N, 4 * tile.rows), PARTS)  # whatever the batch, so that no sample's bits depend on the others
     per_part = _cdiv(_cdiv(N, parts), tile.rows) * tile.rows
     parts = _cdiv(N, per_part)
     tops = torch.empty(B, parts, 4, dtype=torch.float32, device=device)

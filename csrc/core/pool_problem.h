@@ -39,8 +39,7 @@ struct PoolProblem {
   // Backward.
   const float* grad = nullptr;        // (B, stride): of out, zeros behind `channels`
   float* along = nullptr;             // (B, N): <grad, x_n>
-  double* part_means = nullptr;       // (parts, 2): sums of attention times that, and of attention
-  double* means = nullptr;            // (B): their quotient over all parts
+  double* means = nullptr;            // (B): its attention-weighted mean over the tokens
   const int32_t* first = nullptr;     // (B, C)
   const float* mean_share = nullptr;  // (B): share of the mean, over the number of tokens
   float max_share = 0.0f, attention_share = 0.0f;

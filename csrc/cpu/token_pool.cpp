@@ -46,7 +46,7 @@ struct PoolCall {
 
   PoolCall(const Tensor& features, const MaybeTensor& proj_weight_, const MaybeTensor& proj_bias_,
            const MaybeTensor& score_weight_, const Tensor& pool_weights, const MaybeTensor& mask_,
-           const std::vector<int64_t>& pools)
+           const std::vector<int64_t>& pools, bool back)
       : x(features) {
     const FusionKernels& tile = kernels().fusion;
     p.dtype = dtype_of(x);
@@ -82,9 +82,12 @@ struct PoolCall {
       p.panels = panels.data();
     }
     p.block = 4 * tile.tile_rows;
-    // Parts are a function of shapes alone, so that results do not depend on threads.
+    // Parts are a function of shapes alone, so that results do not depend on threads. Forward, where they meet in the
+    // result of one image, they do not count the other images either; backward, only gradients of the weights do.
     const int64_t blocks = (p.tokens + p.block - 1) / p.block;
-    const int64_t per_image = std::max<int64_t>(1, std::min<int64_t>(blocks, 64 / std::max<int64_t>(1, p.batch)));
+    const int64_t most =
+        back ? std::min<int64_t>(blocks, 64 / std::max<int64_t>(1, p.batch)) : std::min<int64_t>((blocks + 1) / 2, 8);
+    const int64_t per_image = std::max<int64_t>(1, most);
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t part = b * per_image + i * per_image / blocks;
@@ -127,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_pool(Tensor features, MaybeTens
                                                       MaybeTensor score_weight, MaybeTensor score_bias,
                                                       Tensor pool_weights, MaybeTensor mask,
                                                       std::vector<int64_t> pools) {
-  PoolCall call(features, proj_weight, proj_bias, score_weight, pool_weights, mask, pools);
+  PoolCall call(features, proj_weight, proj_bias, score_weight, pool_weights, mask, pools, false);
   PoolProblem& p = call.p;
   // Softmax does not see what is added to every score, and adding it costs digits; only NaN and infinity show.
   if (score_bias) p.score_bias = 0.0f * floats_of(*score_bias, 1)[0];
@@ -228,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_pool(Tensor features, MaybeTens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_pool_backward(
     Tensor grad_out, Tensor features, MaybeTensor proj_weight, MaybeTensor proj_bias, MaybeTensor score_weight,
     Tensor pool_weights, MaybeTensor mask, Tensor pooled, Tensor first, Tensor attention, std::vector<int64_t> pools) {
-  PoolCall call(features, proj_weight, proj_bias, score_weight, pool_weights, mask, pools);
+  PoolCall call(features, proj_weight, proj_bias, score_weight, pool_weights, mask, pools, true);
   PoolProblem& p = call.p;
   const int64_t C = p.channels, n_pools = static_cast<int64_t>(pools.size());
   const int32_t dtype = dtype_code(features);
@@ -272,18 +275,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_pool_backward(
   // <grad, token> of every token, and their attention-weighted mean: subtracting it makes the scores' gradients add up
   // to 0, which subtracting a rounded pool from every token would not.
   std::vector<float> along(p.wants_attention ? static_cast<size_t>(p.batch * p.tokens) : 0);
-  std::vector<double> part_means(static_cast<size_t>(2 * call.n_parts)), means(static_cast<size_t>(p.batch));
+  std::vector<double> means(static_cast<size_t>(p.batch));
   p.along = along.data();
-  p.part_means = part_means.data();
   p.means = means.data();
   call.pack(true);
   if (p.wants_attention) {
     call.run(kernels().pool.along);
     for (int64_t b = 0; b < p.batch; ++b) {
       double sum = 0.0, weight = 0.0;
-      for (int64_t i = b * call.parts_of_image(); i < (b + 1) * call.parts_of_image(); ++i) {
-        sum += part_means[static_cast<size_t>(2 * i)];
-        weight += part_means[static_cast<size_t>(2 * i + 1)];
+      for (int64_t n = b * p.tokens; n < (b + 1) * p.tokens; ++n) {
+        if (p.attention[n] == 0.0f) continue;  // such a token may hold NaN
+        sum += static_cast<double>(p.attention[n]) * static_cast<double>(p.along[n]);
+        weight += static_cast<double>(p.attention[n]);
       }
       means[static_cast<size_t>(b)] = weight == 0.0 ? 0.0 : sum / weight;
     }
