@@ -199,7 +199,7 @@ def _list(query: Tensor, keys: Tensor, topk: int, rules: tuple, search: _Search 
         kernels._search_all_kernel, programs,
         (_strided(query), _strided(keys), rules, found, ranks, counts, lost,
          query.new_empty(programs, M, dtype=torch.float32), topk, capacity),
-        warps, 1, ALL=search is None, WIDTH=C, BLOCK_L=rows, BLOCK_D=inner, BLOCK_M=min(2048, power(M)),
+        warps, 1, ALL=search is None, WIDTH=C, BLOCK_L=rows, BLOCK_D=inner, BLOCK_M=min(1024, power(M)),
     )  # fmt: skip
     blocks = _cdiv(max(capacity, topk), 64)
     launching.launch(

@@ -114,7 +114,7 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("gather_backward", _HALF, 256): Config(2, 8, 4, 2),
         ("dense_forward", _HALF, 64): Config(64, 64, 8, 2),
         ("dense_forward", _HALF, 128): Config(64, 32, 8, 2),
-        ("dense_forward", _HALF, 256): Config(32, 32, 8, 1),
+        ("dense_forward", _HALF, 256): Config(32, 16, 8, 2),
         ("dense_forward", _SINGLE, 64): Config(32, 16, 8, 1),
         ("dense_forward", _SINGLE, 128): Config(16, 16, 8, 1),
         ("dense_forward", _SINGLE, 256): Config(16, 32, 8, 1),
