@@ -98,6 +98,7 @@ struct ResizeProblem {
   double* dots = nullptr;  // one per task: the sum of base * U x over its rows, instead of out
 };
 
+constexpr int64_t kResizeRows = 64;  // of a task at most: partial dot products are summed in this order
 struct ResizeTask {
   int64_t part, b, begin, end, index;  // outputs of the part
 };

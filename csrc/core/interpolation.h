@@ -33,7 +33,10 @@ struct Resize {
   }
   // To the next output in raster order, without the divisions of place_of.
   HIVILT_INLINE void advance(Place& at) const {
-    if (++at.x < axis[2].size) return;
+    if (++at.x == axis[2].size) next_line(at);
+  }
+  // To the first output of the next line.
+  HIVILT_INLINE void next_line(Place& at) const {
     at.x = 0;
     if (++at.y < axis[1].size) return;
     at.y = 0;

@@ -57,13 +57,12 @@ struct ResizeCall {
     return x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
   }
   void cut() {
-    constexpr int64_t kRows = 64;  // a function of shapes alone: partial dot products are summed in this order
     for (int64_t b = 0; b < p.batch; ++b) {
       for (size_t i = 0; i < parts.size(); ++i) {
         const int64_t n = parts[i].resize.outputs();
-        for (int64_t o = 0; o < n; o += kRows) {
+        for (int64_t o = 0; o < n; o += kResizeRows) {
           const auto index = static_cast<int64_t>(tasks.size());
-          tasks.push_back({static_cast<int64_t>(i), b, o, std::min(o + kRows, n), index});
+          tasks.push_back({static_cast<int64_t>(i), b, o, std::min(o + kResizeRows, n), index});
         }
       }
     }
