@@ -196,6 +196,8 @@ TILES: dict[tuple[str, bool], dict[int, Tile]] = {
     ("contrast", True): {ANY: Tile(32, 64, 16, 4, 2)},
 }  # fmt: skip
 TILE_KERNELS = frozenset(kernel for kernel, _ in TILES)
+# Where the tile of every part asks for more shared memory than this one has.
+TILES_OF_PART = {("gfx942", "fusion", False, 1024): Tile(16, 0, 32, 8, 1)}
 
 
 def family(part: str) -> str:
@@ -234,14 +236,15 @@ def lookup(part: str, kernel: str, dtype: str, width: int) -> Config:
 @functools.cache
 def tile(part: str, kernel: str, dtype: str, channels: int) -> Tile:
     """The same for a kernel of ``TILES`` and so many channels."""
-    rows = TILES.get((kernel, dtype == _SINGLE)) or TILES[kernel, dtype != _SINGLE]
+    single = dtype == _SINGLE
+    rows = TILES.get((kernel, single)) or TILES[kernel, not single]
     limit = next(limit for limit in rows if channels <= limit)
     _asked.add((kernel, dtype, limit))
-    for kind in (dtype, _SINGLE if dtype == _SINGLE else _HALF):
+    for kind in (dtype, _SINGLE if single else _HALF):
         for table in (_tried, _users().get(part, {})):
             if (kernel, kind, limit) in table:
                 return table[kernel, kind, limit]
-    return rows[limit]
+    return TILES_OF_PART.get((part, kernel, single, limit), rows[limit])
 
 
 def found(part: str, key: Key) -> Config | Tile:
