@@ -45,7 +45,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # From the oldest to the newest. The objects are linked in this order, after the generic ones, so that an inline
 # function that several of them hold is taken from the oldest and runs on every machine.
-ISA_FLAGS = {"scalar": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+ISA_FLAGS = {"scalar": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
 
 
 class Skip(Exception):

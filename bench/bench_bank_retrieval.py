@@ -10,7 +10,7 @@ from device import DEVICE, LIKE_GPU, REHEARSED
 from interleave import CLOCK
 
 SHAPES = [(2, 300, 8)] if REHEARSED else [(64, 10_000, 192), (256, 100_000, 192), (1024, 100_000, 256)]
-SMALL = [] if REHEARSED else [(1, 100_000, 192), (8, 100_000, 192)]  # a query at a time, and a few
+SMALL = [] if REHEARSED else [(1, 100_000, 192), (8, 100_000, 192), (16, 100_000, 192)]  # a query at a time, a few
 SECONDS = {"forward": 8.0, "forward+backward": 10.0}
 pytestmark = [
     pytest.mark.benchmark(timer=CLOCK),
@@ -31,6 +31,8 @@ def group(case: Case) -> str:
         others += ["floor", *(["faiss", "faiss_blas"] if FAISS else [])]
     entries = {name: (name, case) for name in others} | {"hivilt": ("hivilt", case)}
     entries |= {f"hivilt_{how}": ("hivilt", replace(case, precision=how)) for how in ("fp32", "bf16")}
+    if case.B <= 16 and not LIKE_GPU and not case.backward:
+        entries["hivilt_int8"] = ("hivilt_int8", case)
     GROUPS[title] = entries, SECONDS[case.direction] / (4 if LIKE_GPU else 1)
     return title
 

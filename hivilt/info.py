@@ -25,7 +25,7 @@ ISA_NEEDS = {
     "avx2": {"avx2", "fma", "f16c", "bmi", "bmi2", "popcnt"},
     "avx512": {"avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
 }
-ISA_NEEDS["avx512_bf16"] = ISA_NEEDS["avx512"] | {"avx512bf16"}
+ISA_NEEDS["avx512_bf16"] = ISA_NEEDS["avx512"] | {"avx512bf16", "avx512vnni"}
 
 
 def build_record() -> dict[str, Any]:
@@ -41,7 +41,7 @@ def cpu_features() -> list[str]:
     try:
         from . import _C
     except ImportError:
-        known = sorted(ISA_NEEDS["avx512_bf16"] | {"avx512vnni"})
+        known = sorted(ISA_NEEDS["avx512_bf16"])
         spelled = {"bmi": "bmi1", "avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni"}
         try:
             lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -217,6 +217,12 @@ for B, M, C, E in ((1, 13, 5, 3), (9, 300, 24, 8), (67, 1001, 17, 9), (64, 2049,
         with torch.no_grad():
             plain.judge(got, q, k, 10, values=v, mask=mask)
         got[0].sum().backward()
+        if backend == "cpu":
+            k = k.detach()
+            shadow = ops.bank_shadow(k, shadow=t.guarded(torch.zeros_like(ops.bank_shadow(k)), at))
+            few = q[:9].detach()
+            with torch.no_grad():
+                plain.judge(ops.bank_retrieval(few, k, 2, shadow=shadow, backend=backend), few, k, 2)
         count += 1
 """
 

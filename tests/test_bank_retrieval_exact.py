@@ -188,7 +188,7 @@ ISA = """
 import hashlib, json, sys, torch
 sys.path.insert(0, sys.argv[1])
 import plain_bank as plain, hivilt
-op, digest = hivilt.ops.bank_retrieval, hashlib.sha256()
+op, shadow_of, digest = hivilt.ops.bank_retrieval, hivilt.ops.bank_shadow, hashlib.sha256()
 def same(a, b):
     return all(p.numpy().tobytes() == q.numpy().tobytes() for p, q in zip(a, b, strict=True))
 torch.set_num_threads(2)
@@ -196,6 +196,7 @@ for name, (q, k, topk) in plain.hard_banks(130, seed=1).items():
     got = op(q, k, topk, scale=1e-3, backend="cpu")
     assert same(got, op(q, k, topk, scale=1e-3, precision="fp32", backend="cpu")), name
     assert same([x[5:9] for x in got], op(q[5:9], k, topk, scale=1e-3, backend="cpu")), name
+    assert same([x[:14] for x in got], op(q[:14], k, topk, scale=1e-3, shadow=shadow_of(k), backend="cpu")), name
     plain.judge(got, q, k, topk, scale=1e-3, one_sign=True, repro=name)
 for seed in range(40):
     x = plain.draw(seed)
@@ -215,7 +216,7 @@ print(json.dumps(digest.hexdigest()))
 """
 
 FLAGS = {"scalar": (), "avx2": ("avx2", "fma"), "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-         "avx512_bf16": ("avx512f", "avx512_bf16")}  # fmt: skip
+         "avx512_bf16": ("avx512f", "avx512_bf16", "avx512_vnni")}  # fmt: skip
 DIGESTS: dict[str, str] = {}
 
 

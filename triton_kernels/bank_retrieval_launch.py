@@ -73,7 +73,7 @@ def _rules(batch: int, bank_size: int, count, mask, exclude) -> tuple:
     return batch, bank_size, count, mask.view(torch.uint8), *steps, exclude
 
 
-def bank_retrieval(query, keys, values, topk, scale, factor, count, mask, exclude, precision, save):
+def bank_retrieval(query, keys, values, topk, scale, factor, count, mask, exclude, shadow, precision, save):
     """Operator ``hivilt::bank_retrieval`` without its backend argument."""
     B, C = query.shape
     M, own = keys.shape[0], values is not None

@@ -19,7 +19,14 @@ struct Candidates {
   int32_t* index;
   int32_t* nan_index;
   int64_t count, nans;
-  float cut;  // topk rows so far have float32 scores of at least this
+  float cut;     // topk rows so far have float32 scores of at least this
+  int32_t full;  // how often margins were too wide to make room
+};
+
+// What the codes of a row mean: |row - step * codes| <= residue, |row| <= norm; offset is -128 times their sum.
+struct RowOfBytes {
+  float step, norm, residue;
+  int32_t offset;
 };
 
 struct BankRows {
@@ -39,18 +46,24 @@ struct BankProblem {
   const int64_t* exclude = nullptr;  // (B)
   float scale = 1.0f;
   bool low_precision = false, approximate = false;
+  char* shadow = nullptr;          // (M, shadow_bytes) or null: the keys in bytes, scanned in their place
+  const int64_t* slots = nullptr;  // whose rows are written to it; null: all
 
   // Queries [first_query, first_query + group) are worked on; buffers hold them from 0.
   int64_t first_query = 0, group = 0;
   float* wide = nullptr;  // (group, wide_stride) floats
   int64_t wide_stride = 0;
-  float* panels = nullptr;                    // float32, panel after panel of [width][panel]
-  float* low_panels = nullptr;                // pairs of bf16
+  float* panels = nullptr;                              // float32, panel after panel of [width][panel]
+  float *low_panels = nullptr, *byte_panels = nullptr;  // pairs of bf16; four bytes, codes + 128
   float *norm = nullptr, *residue = nullptr;  // (group in whole panels): |q| and |q - bf16(q)|, bounded from above
+  float *byte_step = nullptr, *byte_residue = nullptr;
   uint8_t* wild = nullptr;  // (panels): some query is not finite or huge, so low precision proves nothing
 
   Candidates* candidates = nullptr;  // (splits, group)
   int64_t splits = 0, capacity = 0;
+
+  // Scores of the scan have a margin.
+  bool inexact() const { return (low_precision || shadow) && !approximate; }
 
   char* retrieved = nullptr;                        // (B, E) of query's dtype
   float* scores = nullptr;                          // (B, topk)
@@ -77,13 +90,26 @@ struct BankKernel {
 };
 
 struct BankKernels {
-  bool low_precision;   // worth it here
+  bool low_precision;   // the processor has products of bf16, and of bytes
   BankKernel pack;      // queries -> wide, panels, norms; tasks: panels of the group
   BankKernel scan;      // tasks: bank rows of a split for some panels
   BankKernel scan_few;  // the same for a few queries: all of the group
   BankKernel finish;    // merge, score again, sort, weigh; tasks: queries of the group
   BankKernel backward;  // query gradients; tasks: queries
   BankKernel scatter;   // bank gradients; tasks: bank rows
+  BankKernel shadow;    // rows in bytes; tasks: places in slots
 };
+
+// Words of a row in pairs of bf16, and in bytes.
+inline int64_t low_steps(const BankProblem& p) {
+  return (p.width + 1) / 2;
+}
+inline int64_t byte_steps(const BankProblem& p) {
+  return (p.width + 15) / 16 * 4;
+}
+// A row of the shadow: its codes, zeros up to whole vectors, and a RowOfBytes.
+inline int64_t shadow_bytes(const BankProblem& p) {
+  return 4 * byte_steps(p) + static_cast<int64_t>(sizeof(RowOfBytes));
+}
 
 }  // namespace hivilt

@@ -154,5 +154,10 @@ HIVILT_INLINE void store_bf16(uint16_t* p, Vec v) {
 HIVILT_INLINE void store_f16(uint16_t* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+HIVILT_INLINE void store_bytes(int8_t* p, Vec v) {
+  const __m256i whole = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
 
 }  // namespace hivilt::HIVILT_ISA

@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL), with HIVILT_SIMD_BF16_DOT also its bf16 dot product. Names are explained in simd_scalar.h.
+// AVX-512 (F, BW, DQ, VL), with HIVILT_SIMD_BF16_DOT also its dot products of bf16 and of bytes. Names are explained in
+// simd_scalar.h.
 #pragma once
 
 namespace hivilt::HIVILT_ISA {
@@ -78,7 +79,8 @@ HIVILT_INLINE Vec lane_sums(const Vec (&a)[kLanes]) {
 HIVILT_INLINE float max_of(Vec v) {
   return _mm512_reduce_max_ps(v);
 }
-using Count = __m512i;
+using Ints = __m512i;
+using Count = Ints;
 HIVILT_INLINE Count no_count() {
   return _mm512_setzero_si512();
 }
@@ -142,6 +144,9 @@ HIVILT_INLINE void store_bf16(uint16_t* p, Vec v) {
 HIVILT_INLINE void store_f16(uint16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+HIVILT_INLINE void store_bytes(int8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 #if defined(HIVILT_SIMD_BF16_DOT)
 constexpr bool kBf16Dot = true;
 // c + a.lo * b.lo + a.hi * b.hi per lane, the operands being pairs of bf16 in one 32-bit lane.
@@ -155,6 +160,15 @@ HIVILT_INLINE Vec dot_bf16(Vec a, Vec b, Vec c) {
 HIVILT_INLINE void store_bf16_flushed(uint16_t* p, Vec v) {
   const __m256bh half = _mm512_cvtneps_pbh(v);
   std::memcpy(p, &half, 32);
+}
+// c + the sum of four products, unsigned bytes of a times signed bytes of b, per 32-bit lane.
+HIVILT_INLINE Ints dot_bytes(Vec a, Vec b, Ints c) {
+  // Not the intrinsic: GCC 12 keeps old and new sums apart, and a tile of them no longer fits the registers.
+  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
+HIVILT_INLINE Ints splat_int(int32_t x) {
+  return _mm512_set1_epi32(x);
 }
 #else
 constexpr bool kBf16Dot = false;

@@ -220,5 +220,11 @@ HIVILT_INLINE void store_bf16(uint16_t* p, const Vec& v) {
 HIVILT_INLINE void store_f16(uint16_t* p, const Vec& v) {
   for (int l = 0; l < kLanes; ++l) p[l] = narrow_f16(v.lane[l]);
 }
+// Whole numbers of at most 127; of NaN anything.
+HIVILT_INLINE void store_bytes(int8_t* p, const Vec& v) {
+  for (int l = 0; l < kLanes; ++l) {
+    p[l] = static_cast<int8_t>(v.lane[l] >= -127.0f && v.lane[l] <= 127.0f ? v.lane[l] : 0.0f);
+  }
+}
 
 }  // namespace hivilt::HIVILT_ISA

@@ -8,10 +8,10 @@
 namespace hivilt::HIVILT_ISA {
 
 // a[r][k] at a + r * a_row + k * a_step (broadcast); b[k] at b + k * b_step (kVecs vectors: kTileVecs, or 1 at an
-// edge).
-template <bool kPairs, int kVecs>
+// edge); acc = dot(a, b, acc).
+template <class Acc, int kVecs, class Dot>
 HIVILT_INLINE void tile_product(int64_t steps, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                int64_t b_step, Vec (&acc)[kTileRows][kVecs]) {
+                                int64_t b_step, Acc (&acc)[kTileRows][kVecs], Dot dot) {
   for (int64_t k = 0; k < steps; ++k) {
     Vec column[kVecs];
 #pragma GCC unroll 4
@@ -20,25 +20,27 @@ HIVILT_INLINE void tile_product(int64_t steps, const float* a, int64_t a_row, in
     for (int r = 0; r < kTileRows; ++r) {
       const Vec x = splat(a[r * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-#if defined(HIVILT_SIMD_BF16_DOT)
-        if constexpr (kPairs) {
-          acc[r][v] = dot_bf16(x, column[v], acc[r][v]);
-          continue;
-        }
-#endif
-        acc[r][v] = fma(x, column[v], acc[r][v]);
-      }
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = dot(x, column[v], acc[r][v]);
     }
     a += a_step;
     b += b_step;
   }
 }
+template <bool kPairs, int kVecs>
+HIVILT_INLINE void tile_product(int64_t steps, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                int64_t b_step, Vec (&acc)[kTileRows][kVecs]) {
+  tile_product(steps, a, a_row, a_step, b, b_step, acc, [](const Vec& x, const Vec& y, const Vec& c) {
+#if defined(HIVILT_SIMD_BF16_DOT)
+    if constexpr (kPairs) return dot_bf16(x, y, c);
+#endif
+    return fma(x, y, c);
+  });
+}
 
-// Fetches the rows after a tile's left-hand side. A product reads kTileRows short rows side by side, in which no
-// processor sees that one long stretch of memory is read.
-HIVILT_INLINE void prefetch_tile(const float* a, int64_t a_row, int64_t steps) {
-  for (int64_t r = kTileRows; r < 2 * kTileRows; ++r) prefetch_row<false>(a + r * a_row, steps * 4);
+// Fetches the rows of a tile `ahead` rows behind this one's. A product reads kTileRows short rows side by side, in
+// which no processor sees that one long stretch of memory is read.
+HIVILT_INLINE void prefetch_tile(const float* a, int64_t a_row, int64_t steps, int64_t ahead = kTileRows) {
+  for (int64_t r = ahead; r < ahead + kTileRows; ++r) prefetch_row<false>(a + r * a_row, steps * 4);
 }
 
 template <int kVecs>

@@ -52,7 +52,7 @@ struct Workspace {
   static constexpr int64_t kLeastRows = 1024;   // of a split
 
   // Without contents: clearing them would take longer than what small calls do with them.
-  std::unique_ptr<float[]> wide, panels, low_panels, norms, bounds;
+  std::unique_ptr<float[]> wide, panels, low_panels, byte_panels, norms, bounds;
   std::unique_ptr<int32_t[]> indices;
   std::unique_ptr<uint8_t[]> wild;
   std::vector<Candidates> candidates;
@@ -65,7 +65,7 @@ struct Workspace {
     const int64_t threads = thread_count();
     query_parts = std::clamp<int64_t>(ceil_div(std::min(kMostQueries, p.batch), panel), 1, threads);
     p.splits = std::clamp<int64_t>(p.limit / kLeastRows, 1, std::max<int64_t>(1, threads / query_parts));
-    p.capacity = std::min(2 * p.topk + 128, p.limit + 1);
+    p.capacity = std::min((p.shadow ? 8 : 2) * p.topk + 128, p.limit + 1);
     nan_room = std::min(p.topk, p.bank_size);
     room = ceil_div(p.capacity, 16) * 16 + 16;
     const int64_t bytes = p.splits * (12 * room + 4 * nan_room);
@@ -77,7 +77,8 @@ struct Workspace {
     wide = floats(group * depth);
     panels = floats(padded * depth);
     if (p.low_precision) low_panels = floats(padded * depth);
-    norms = floats(2 * padded);
+    if (p.shadow) byte_panels = floats(padded * depth);
+    norms = floats(4 * padded);
     wild = std::make_unique_for_overwrite<uint8_t[]>(size(padded / panel));
     bounds = floats(2 * p.splits * group * room);
     indices = std::make_unique_for_overwrite<int32_t[]>(size(p.splits * group * (room + nan_room)));
@@ -87,6 +88,9 @@ struct Workspace {
     p.low_panels = low_panels.get();
     p.norm = norms.get();
     p.residue = norms.get() + padded;
+    p.byte_step = norms.get() + 2 * padded;
+    p.byte_residue = norms.get() + 3 * padded;
+    p.byte_panels = byte_panels.get();
     p.wild = wild.get();
     p.candidates = candidates.data();
   }
@@ -106,16 +110,35 @@ struct Workspace {
       const auto at = static_cast<int64_t>(i);
       float* lower = bounds.get() + 2 * at * room;
       int32_t* index = indices.get() + at * (room + nan_room);
-      candidates[i] = {lower, lower + room, index, index + room, 0, 0, -std::numeric_limits<float>::infinity()};
+      candidates[i] = {lower, lower + room, index, index + room, 0, 0, -std::numeric_limits<float>::infinity(), 0};
     }
   }
 };
 
+// Up to this many queries are read for, not multiplied for; half a panel is multiplied in half the time.
+constexpr int64_t kFewQueries = 8, kHalfPanel = 16;
+
+// In which form the bank is scanned. Where these bounds lie was measured.
+void choose_precision(BankProblem& p, const MaybeTensor& shadow) {
+  const int64_t rows = p.limit / p.topk;  // for each that is kept: what passes low precision is scored again
+  // Bytes let several times as many rows pass as bf16 does, the more the wider they are.
+  const bool bytes = p.batch <= kHalfPanel ? rows >= 64 : rows >= 512 && p.width <= 256;
+  constexpr int64_t kWidest = 1 << 16;  // sums of products stay int32
+  if (shadow && bytes && !p.approximate && p.width <= kWidest) {
+    p.shadow = static_cast<char*>(shadow->data_ptr());
+    return;
+  }
+  // Converting a row to bf16 has to be paid for by queries.
+  if (p.batch <= kFewQueries) return;
+  const bool pays = p.batch > kHalfPanel || p.width >= 128;
+  p.low_precision = p.approximate || p.batch >= 4 * kernels().fusion.panel || (pays && rows >= 256);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, Tensor keys, MaybeTensor values,
                                                                   int64_t topk, MaybeTensor scale, double factor,
                                                                   MaybeTensor count, MaybeTensor mask,
-                                                                  MaybeTensor exclude, std::string precision,
-                                                                  bool save) {
+                                                                  MaybeTensor exclude, MaybeTensor shadow,
+                                                                  std::string precision, bool save) {
   BankProblem p;
   p.batch = query.size(0);
   p.bank_size = keys.size(0);
@@ -137,13 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, 
     exclude = torch::stable::contiguous(*exclude);
     p.exclude = static_cast<const int64_t*>(exclude->data_ptr());
   }
-  // Few queries are read for, not multiplied for. Converting a bank row to bf16 has to be paid for by queries, scoring
-  // again what survives by a bank that is large beside it.
-  constexpr int64_t kFewQueries = 16, kManyRows = 256;  // rows for each that is kept
-  const bool few = p.batch <= kFewQueries;
-  const bool many = p.batch >= 4 * kernels().fusion.panel || p.limit >= kManyRows * topk;
-  p.low_precision = kernels().bank.low_precision && precision != "fp32" && !few && (many || precision == "bf16");
   p.approximate = precision == "bf16";
+  if (kernels().bank.low_precision && precision != "fp32") choose_precision(p, shadow);
 
   const int64_t E = p.values.width;
   Tensor retrieved = empty({p.batch, E}, dtype_code(query));
@@ -169,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, 
     p.key_rows = static_cast<char*>(key_rows.data_ptr());
     if (values) p.value_rows = static_cast<char*>(value_rows.data_ptr());
   }
+  const bool few = p.batch <= kFewQueries && !p.shadow;
   Workspace workspace(p);
   constexpr double kWorthThreads = 1 << 17;  // multiplications in the time that waking the other threads takes
   const bool alone = static_cast<double>(p.batch * p.limit) * static_cast<double>(p.width) < kWorthThreads;
@@ -181,6 +200,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_retrieval(Tensor query, 
     run(p, kernels().bank.finish, cut(p.group, 8), alone);
   }
   return {retrieved, scores, indices, key_rows, value_rows};
+}
+
+void bank_shadow(Tensor keys, Tensor shadow, MaybeTensor slots) {
+  BankProblem p;
+  p.bank_size = keys.size(0);
+  p.width = keys.size(1);
+  p.keys = rows_of(keys);
+  p.shadow = static_cast<char*>(shadow.data_ptr());
+  int64_t n = p.bank_size;
+  if (slots) {
+    slots = torch::stable::contiguous(*slots);
+    p.slots = static_cast<const int64_t*>(slots->data_ptr());
+    n = slots->numel();
+  }
+  constexpr int64_t kWorthThreads = 1 << 16;
+  run(p, kernels().bank.shadow, cut(n, 64), n * p.width < kWorthThreads);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bank_retrieval_backward(Tensor query, MaybeTensor grad_retrieved,
@@ -252,5 +287,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_retrieval_backward(Tensor query,
 
 STABLE_TORCH_LIBRARY_IMPL(hivilt, CPU, m) {
   m.impl("bank_retrieval_cpu", TORCH_BOX(&hivilt::bank_retrieval));
+  m.impl("bank_shadow_cpu", TORCH_BOX(&hivilt::bank_shadow));
   m.impl("bank_retrieval_backward_cpu", TORCH_BOX(&hivilt::bank_retrieval_backward));
 }

@@ -36,7 +36,7 @@ const KernelTables& choose() {
              __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
   has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   const KernelTables *avx2_table = nullptr, *avx512_table = nullptr, *bf16_table = nullptr;
 #if defined(HIVILT_HAVE_AVX2)

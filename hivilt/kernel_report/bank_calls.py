@@ -48,7 +48,7 @@ class Bank:
         exclude = blank(B, dtype=torch.int64) if self.exclude else None
         scale = blank(1, dtype=torch.float32).reshape(()) if self.scale else None
         out, scores, indices, key_rows, value_rows = bank_retrieval_launch.bank_retrieval(
-            query, keys, values, self.topk, scale, 0.5, count, mask, exclude, self.precision, True
+            query, keys, values, self.topk, scale, 0.5, count, mask, exclude, None, self.precision, True
         )
         bank_retrieval_launch.bank_retrieval_backward(
             query, torch.empty_like(out), torch.empty_like(scores) if self.scale else None, key_rows,

@@ -24,7 +24,7 @@ MARK = "_hivilt_swapped"  # in the __dict__ of an instance that accelerate made:
 EMPTY_CALLS = {
     "bank_retrieval": (
         BANK_RETRIEVAL,
-        lambda x: (x[:, 0], x[:, 0], None, 1, None, 1.0, None, None, None, "exact", False),
+        lambda x: (x[:, 0], x[:, 0], None, 1, None, 1.0, None, None, None, None, "exact", False),
     ),
     "bank_attention": (TOPK_ATTENTION, lambda x: (x[:, None], x[:, None], x[:, None], -1, 0, *[None] * 8, 1.0, 0.0)),
     "scale_fusion": (

@@ -11,7 +11,7 @@ from ._bank_retrieval_schema import score_dtype
 SLICE = 1 << 24  # scores at a time
 
 
-def bank_retrieval(query, keys, values, topk, scale, factor, count, mask, exclude, precision, save):
+def bank_retrieval(query, keys, values, topk, scale, factor, count, mask, exclude, shadow, precision, save):
     step = max(1, SLICE // max(1, keys.shape[0]))
     E = query.shape[1] if values is None else values.shape[1]
     retrieved, scores = query.new_empty(query.shape[0], E), query.new_empty(

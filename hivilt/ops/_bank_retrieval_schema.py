@@ -12,7 +12,7 @@ from torch import Tensor
 SCHEMAS = {
     "bank_retrieval": (
         "Tensor query, Tensor keys, Tensor? values, int topk, Tensor? scale, float factor, Tensor? count, "
-        "Tensor? mask, Tensor? exclude, str precision, bool save",
+        "Tensor? mask, Tensor? exclude, Tensor? shadow, str precision, bool save",
         "(Tensor retrieved, Tensor scores, Tensor indices, Tensor key_rows, Tensor value_rows)",
     ),
     # grad_keys, grad_values: (M, C), (M, E); rows_grad says whether they are wanted.
@@ -28,7 +28,7 @@ def score_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
     return torch.float64 if torch.promote_types(query.dtype, keys.dtype) == torch.float64 else torch.float32
 
 
-def _fake(query, keys, values, topk, scale, factor, count, mask, exclude, precision, save):
+def _fake(query, keys, values, topk, scale, factor, count, mask, exclude, shadow, precision, save):
     B, C = query.shape
     E = C if values is None else values.shape[1]
     return (

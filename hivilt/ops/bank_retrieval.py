@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _backends, _library
 from ._bank_retrieval_autograd import BankRetrieval
 from ._bank_retrieval_rows import BANK_RETRIEVAL
+from ._bank_shadow import SHADOW_QUERIES, check_shadow
 from ._checks import INT32_MAX, Said, check_index, check_number, check_tensor, check_topk, refuse
 from ._running import eager, record, records, run
 from .topk_attention import topk_attention
@@ -34,6 +35,7 @@ def bank_retrieval(
     count: int | Tensor | None = None,
     mask: Tensor | None = None,
     exclude: int | Tensor | None = None,
+    shadow: Tensor | None = None,
     precision: str = "exact",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,6 +52,8 @@ def bank_retrieval(
         exclude: a row that is not valid, -1 for none; a number, or an integer tensor [B], one for each query.  A number
             outside -1..M-1 raises; in a tensor on another device than the CPU, and in compiled code, where asking would
             wait, it excludes nothing.
+        shadow: what ``bank_shadow`` made of these very keys: few queries then read a quarter of the bank or less, with
+            the same result.  Used on the CPU, by precision="exact", where it pays; one of other keys gives wrong rows.
         precision: "exact" is the exact top-k of the float32 dot products, found by whatever is fastest: a pass in
             lower precision with a proven margin, whose survivors are scored again.  "fp32" computes every product in
             float32, with the same result.  "bf16" trusts the lower precision: fast and approximate.
@@ -67,7 +71,7 @@ def bank_retrieval(
     gradient is wanted: backward keeps the rows it read, so the bank may change before it.  Gradients reach query, keys,
     values and scale, through retrieved and scores; second derivatives raise.
     """
-    args, _ = _bind_bank_retrieval(query, keys, topk, values, scale, count, mask, exclude, precision, backend)
+    args, _ = _bind_bank_retrieval(query, keys, topk, values, scale, count, mask, exclude, shadow, precision, backend)
     if not records(args[0], args[1], args[2], args[4]):
         return run(BANK_RETRIEVAL, backend, args)[:3]
     args = (*args[:-1], True)
@@ -257,7 +261,7 @@ torch.library.register_fake("hivilt::bank_push_", lambda *args: None, lib=_libra
 # From public arguments to those of an operator. Each returns (operator arguments, nothing else).
 
 
-def _bind_bank_retrieval(query, keys, topk, values=None, scale=1.0, count=None, mask=None, exclude=None,
+def _bind_bank_retrieval(query, keys, topk, values=None, scale=1.0, count=None, mask=None, exclude=None, shadow=None,
                          precision="exact", backend=None):  # fmt: skip
     op = "bank_retrieval"
     query, keys, values, factor, scale, count, mask, exclude = _check_bank(
@@ -270,7 +274,10 @@ def _bind_bank_retrieval(query, keys, topk, values=None, scale=1.0, count=None, 
         kind = ValueError if isinstance(precision, str) else TypeError
         refuse(kind, op, "precision", f"one of {', '.join(map(repr, PRECISIONS))}", precision)
     _backends.check_name(backend, f"{op}: backend")
-    return (query, keys, values, topk, scale, factor, count, mask, exclude, precision, False), None
+    if shadow is not None:
+        check_shadow(op, shadow, keys)
+        shadow = shadow if query.shape[0] <= SHADOW_QUERIES else None
+    return (query, keys, values, topk, scale, factor, count, mask, exclude, shadow, precision, False), None
 
 
 def _check_bank(op, query, keys, values, scale, count, mask, exclude):

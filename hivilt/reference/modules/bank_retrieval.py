@@ -18,6 +18,7 @@ from ._read_write_lock import ReadWriteLock
 
 UPDATE_MODES = ("fifo", "ema")
 NONFINITE = ("skip", "raise", "keep")
+SHADOWS = ("int8",)
 
 
 class FeatureBank(nn.Module):
@@ -35,6 +36,8 @@ class FeatureBank(nn.Module):
         on_nonfinite: what ``update`` does with rows that hold NaN or infinity, or would in the bank's dtype: "skip"
             leaves them out and counts them in ``skipped``, "raise" refuses them all (and waits for the device to
             know), "keep" writes them.
+        shadow: None, or "int8": on the CPU ``hivilt.nn.FeatureBank`` keeps a copy of the rows in bytes, by which few
+            queries find the same ones sooner; an attribute that may be set at any time.  Here it changes nothing.
         compat: None, or "seed": the bank starts as random rows that all count as written.
         device, dtype: of the bank; float32, bfloat16, float16 or float64.
 
@@ -61,6 +64,7 @@ class FeatureBank(nn.Module):
         scale: float | Tensor = 1.0,
         normalize: bool = False,
         on_nonfinite: str = "skip",
+        shadow: str | None = None,
         compat: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -76,6 +80,7 @@ class FeatureBank(nn.Module):
             refuse(TypeError, where, "normalize", "a bool", normalize)
         self.normalize = normalize
         self.on_nonfinite = check_choice(where, "on_nonfinite", on_nonfinite, NONFINITE)
+        self.shadow = None if shadow is None else check_choice(where, "shadow", shadow, SHADOWS)
         if compat is not None:
             check_choice(where, "compat", compat, ("seed",))
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -379,7 +384,8 @@ class FeatureBank(nn.Module):
     def extra_repr(self) -> str:
         said = f"{self.bank_size}, {self.feature_dim}, momentum={self.momentum}, update_mode={self.update_mode!r}"
         said += f", topk={self.topk}" + ("" if isinstance(self.scale, Tensor) else f", scale={self.scale:g}")
-        return said + f", normalize={self.normalize}, on_nonfinite={self.on_nonfinite!r}"
+        said += f", normalize={self.normalize}, on_nonfinite={self.on_nonfinite!r}"
+        return said + ("" if self.shadow is None else f", shadow={self.shadow!r}")
 
 
 def keep_banks_local(model: nn.Module) -> nn.Module:
