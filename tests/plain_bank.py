@@ -282,11 +282,14 @@ def representative(name: str, device: str) -> list[tuple]:
             (keys, counter, counter.clone(), None, None, query, None, False),
             (keys, counter, counter.clone(), values, counter.clone(), query, values[:4].clone(), True),
         ]
+    shadow = torch.zeros(15, 32, dtype=torch.int8, device=device)
+    if name == "bank_shadow":
+        return [(keys, shadow, None), (keys, shadow, torch.tensor([3, 14], device=device))]
     mask, exclude = numbers(3, 4, 15).to(device) > -1, torch.tensor([-1, 0, 3, 14], device=device)
     forward = [
-        (query, keys, None, 3, None, 0.7, None, None, None, "exact", False),
-        (query, keys, values, 3, scale, 1.0, torch.tensor(12, device=device), mask, exclude, "fp32", True),
-        (query, keys, None, 20, scale, 1.0, None, mask[0], None, "bf16", True),
+        (query, keys, None, 3, None, 0.7, None, None, None, shadow, "exact", False),
+        (query, keys, values, 3, scale, 1.0, torch.tensor(12, device=device), mask, exclude, None, "fp32", True),
+        (query, keys, None, 20, scale, 1.0, None, mask[0], None, None, "bf16", True),
     ]
     if name == "bank_retrieval":
         return forward
