@@ -3,6 +3,7 @@ backend's state, what was built, what was skipped and why, and the HIVILT_* vari
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -143,6 +144,7 @@ def collect() -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m hivilt.info", description=__doc__.splitlines()[0]).parse_args()
     for heading, rows in collect().items():
         print(heading)
         for label, text in rows.items():

@@ -46,6 +46,13 @@ def test_info_prints_every_part():
     assert any(line.startswith(f"  isa in use         {both[-1] if both else 'none'}") for line in lines)
 
 
+def test_info_takes_no_arguments(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["info", "nonsense"])
+    with pytest.raises(SystemExit):
+        info.main()
+    assert "unrecognized arguments: nonsense" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_info_shows_variables_in_force(isa):
     if isa not in info.build_record().get("isas", []) or isa not in info.isas_supported():

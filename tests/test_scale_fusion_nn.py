@@ -358,6 +358,20 @@ def test_pooling_equals_its_formula(pools, masked, dtype):
     check(wrapped, [x], torch.randn(3, C, dtype=torch.float64), mask, exact=exact.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pools", [("mean", "max", "attention"), ("max", "mean")], ids=str)
+def test_pooling_under_autocast(pools, dtype):
+    """The dtype of the plain module, whose softmax autocast widens; without products nothing is rounded."""
+    one, two = pair("AdaptiveGlobalPooling", pool_types=pools)
+    x = torch.randn(3, 13, C).to(dtype)
+    exact = pooled(wide(one), x.double(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = two(x), one(x)
+    assert got.dtype == want.dtype == torch.float32
+    worst = 2**-7 if "attention" in pools or dtype == torch.bfloat16 else 2**-22
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=worst * float(exact.abs().max()))
+
+
 def test_pooling_ignores_what_padding_holds():
     for module in pair("AdaptiveGlobalPooling"):
         x, mask = torch.randn(3, 7, C), torch.ones(3, 7, dtype=torch.bool)

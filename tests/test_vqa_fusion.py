@@ -186,8 +186,11 @@ def test_mean_is_that_of_the_tokens_that_take_part(room, dtype):
     share = torch.where(words, 1 / words.sum(1, keepdim=True).clamp(min=1).double(), 0.0)[..., None].expand_as(x)
     torch.testing.assert_close(x.grad.double(), share, rtol=tolerance, atol=0)
     every = torch.randn(2, 5, 3).to(dtype)
-    torch.testing.assert_close(room.MaskedMeanPool()(every).double(), every.double().mean(1), rtol=tolerance,
-                               atol=tolerance)  # fmt: skip
+    for autocast in (False, True):  # a mean is no product: autocast leaves it alone
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            mean = room.MaskedMeanPool()(every)
+        assert mean.dtype == dtype
+        torch.testing.assert_close(mean.double(), every.double().mean(1), rtol=tolerance, atol=tolerance)
 
 
 def test_a_sum_of_many_halves_does_not_overflow():

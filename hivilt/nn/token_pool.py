@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import token_pool
@@ -24,7 +25,12 @@ class AdaptiveGlobalPooling(plain.AdaptiveGlobalPooling):
             return super()._pool(features, mask)
         project, _, score = self.attn_pool
         of_scores = (project.weight, project.bias, score.weight, score.bias) if attends else (None,) * 4
-        return token_pool(features, *of_scores, self.pool_weights, pools=self.pool_types, mask=mask)
+        out = token_pool(features, *of_scores, self.pool_weights, pools=self.pool_types, mask=mask)
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(features.device.type):
+            return out.to(
+                torch.promote_types(out.dtype, torch.float32)
+            )  # that of autocast's softmax, by which it weighs
+        return out
 
 
 def attention_parts(module: plain.AdaptiveGlobalPooling) -> list[Inner]:

@@ -63,7 +63,7 @@ def token_pool(
 def _bind_token_pool(features, proj_weight, proj_bias, score_weight, score_bias, pool_weights, pools=POOLS, mask=None,
                      backend=None):  # fmt: skip
     op = "token_pool"
-    if torch._C._is_any_autocast_enabled():
+    if proj_weight is not None and torch._C._is_any_autocast_enabled():  # mean and maximum alone stay as they are
         features, proj_weight, proj_bias, score_weight, score_bias = autocast(
             features, proj_weight, proj_bias, score_weight, score_bias
         )

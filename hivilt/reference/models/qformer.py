@@ -23,6 +23,7 @@ from ..modules._config import read_config
 from ..modules._hugging_face import check_class, without_memory
 from ..modules.qformer import QFormerLayer
 from ..modules.vision_block import ACTIVATIONS
+from .encoders import check_ids, check_range
 
 DEFAULTS = {
     "hidden_size": 768,
@@ -123,6 +124,8 @@ class QFormer(nn.Module):
             check_size(where, "vocab_size", c.vocab_size)
         self.dim, self.encoder_dim, self.objectives = dim, c.encoder_hidden_size, tuple(c.objectives) if text else ()
         self.query_tokens = None
+        if not isinstance(c.use_qformer_text_input, bool):
+            refuse(TypeError, where, "use_qformer_text_input", "a bool", c.use_qformer_text_input)
         if c.num_query_tokens != 0:
             count = check_size(where, "num_query_tokens", c.num_query_tokens)
             self.query_tokens = nn.Parameter(torch.randn(1, count, dim) * 0.02)
@@ -133,7 +136,7 @@ class QFormer(nn.Module):
             self.layer(
                 dim, c.num_attention_heads, c.intermediate_size,
                 None if i % c.cross_attention_frequency else c.encoder_hidden_size,
-                text=text or bool(c.use_qformer_text_input), dropout=c.hidden_dropout_prob,
+                text=text or c.use_qformer_text_input, dropout=c.hidden_dropout_prob,
                 attn_drop=c.attention_probs_dropout_prob, eps=c.layer_norm_eps, activation=c.hidden_act,
                 topk=None if i % c.cross_attention_frequency else c.topk,
             )
@@ -274,16 +277,16 @@ class QFormer(nn.Module):
         where = "QFormer"
         if not hasattr(self, "embeddings"):
             refuse(ValueError, where, "input_ids", "no words, because vocab_size is None", input_ids)
-        check_tensor(where, "input_ids", input_ids, "(B, N)", 2)
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            refuse(TypeError, where, "input_ids", "an integer tensor", input_ids)
+        check_ids(where, "input_ids", input_ids)
         limit = self.embeddings.position_embeddings.num_embeddings
         if not 1 <= input_ids.shape[1] <= limit:
             refuse(ValueError, where, "input_ids", f"from 1 to {limit} words", input_ids)
-        if attention_mask is None:
-            return input_ids, input_ids.new_ones(input_ids.shape, dtype=torch.bool)
-        words = check_mask(where, "attention_mask", attention_mask, tuple(input_ids.shape))
-        return torch.where(words, input_ids, 0), words
+        words = input_ids.new_ones(input_ids.shape, dtype=torch.bool)
+        if attention_mask is not None:
+            words = check_mask(where, "attention_mask", attention_mask, tuple(input_ids.shape))
+            input_ids = torch.where(words, input_ids, 0)
+        check_range(where, "input_ids", input_ids, self.embeddings.word_embeddings.num_embeddings)
+        return input_ids, words
 
     @classmethod
     def from_hf(cls, module: nn.Module) -> QFormer:
