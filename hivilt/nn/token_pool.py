@@ -29,7 +29,7 @@ class AdaptiveGlobalPooling(plain.AdaptiveGlobalPooling):
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(features.device.type):
             return out.to(
                 torch.promote_types(out.dtype, torch.float32)
-            )  # that of autocast's softmax, by which it weighs
+            )  # the softmax that weighs is that wide
         return out
 
 

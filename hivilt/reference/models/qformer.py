@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._checks import check_choice, check_dropout, check_mask, check_size, check_tensor, check_tokens, refuse
+from ..modules._checks import check_choice, check_dropout, check_mask, check_size, check_tokens, refuse
 from ..modules._config import read_config
 from ..modules._hugging_face import check_class, without_memory
 from ..modules.qformer import QFormerLayer
