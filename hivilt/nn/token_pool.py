@@ -27,9 +27,7 @@ class AdaptiveGlobalPooling(plain.AdaptiveGlobalPooling):
         of_scores = (project.weight, project.bias, score.weight, score.bias) if attends else (None,) * 4
         out = token_pool(features, *of_scores, self.pool_weights, pools=self.pool_types, mask=mask)
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(features.device.type):
-            return out.to(
-                torch.promote_types(out.dtype, torch.float32)
-            )  # the softmax that weighs is that wide
+            return out.to(torch.promote_types(out.dtype, torch.float32))  # the softmax that weighs is that wide
         return out
 
 
