@@ -53,17 +53,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--interpret-all", action="store_true", help="every case of every test through Triton's interpreter"
+        "--interpret-all",
+        action="store_true",
+        help="every case of every test through Triton's interpreter, and the whole product of all parameters",
     )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "operation(name): `where` leaves out backends without kernels of this one")
     config.addinivalue_line("markers", "interpreted: small enough to go through Triton's interpreter in every test run")
+    config.addinivalue_line("markers", "pairwise: of the product of its parameters, cases that meet every pair of values")
+    config.addinivalue_line("markers", "kernels: about code of ours; not for the reference, which is torch's operators")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out backends without kernels of the operation that a test is about.
+    """Leaves out backends without kernels of the operation that a test is about, and what pairs make superfluous.
 
     Through the interpreter, where a small call takes a second, go malformed calls, one case of each test of masks and
     of lists (not of banks, which are long), and what is marked; test_triton_*.py walk through every kernel at sizes
@@ -71,7 +75,10 @@ def pytest_collection_modifyitems(config, items):
     """
     absent = {id(item) for item in items if why_absent(item)}
     deselect(config, items, absent)
-    if not INTERPRETED or config.getoption("--interpret-all"):
+    if config.getoption("--interpret-all"):
+        return
+    deselect(config, items, beyond_pairs(items))
+    if not INTERPRETED:
         return
     groups: dict[str, list] = {}
     for item in items:
@@ -86,10 +93,36 @@ def pytest_collection_modifyitems(config, items):
     deselect(config, items, dropped)
 
 
+def beyond_pairs(items: list) -> set[int]:
+    """Cases of the tests marked ``pairwise`` that are not needed for every pair of values to be met, on every backend.
+
+    Of n values for the shortest parameter, those cases stay whose positions add up to a multiple of n: any two values
+    leave a third parameter, which has n values or more, free to make up the sum.
+    """
+    groups: dict[str, list] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+    dropped = set()
+    for group in groups.values():
+        places = [{n: i for n, i in item.callspec.indices.items() if n != "where"} for item in group]
+        sizes = {name: len({place[name] for place in places}) for name in places[0]}
+        sizes = {name: size for name, size in sizes.items() if size > 1}
+        if len(sizes) > 2:
+            dropped.update(
+                id(item)
+                for item, place in zip(group, places, strict=True)
+                if sum(place[name] for name in sizes) % min(sizes.values())
+            )
+    return dropped
+
+
 def why_absent(item) -> str | None:
     """Why the backend of a test has no kernels of its operation."""
     mark, parameters = item.get_closest_marker("operation"), getattr(item, "callspec", None)
     where = parameters.params.get("where") if parameters else None
+    if where and where[0] == "reference" and item.get_closest_marker("kernels"):
+        return "torch's operators alone"
     return verdict(*where, mark.args[0]) if mark and where else None
 
 
