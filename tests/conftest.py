@@ -62,8 +62,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "operation(name): `where` leaves out backends without kernels of this one")
     config.addinivalue_line("markers", "interpreted: small enough to go through Triton's interpreter in every test run")
-    config.addinivalue_line("markers", "pairwise: of the product of its parameters, cases that meet every pair of values")
-    config.addinivalue_line("markers", "kernels: about code of ours; not for the reference, which is torch's operators")
+    config.addinivalue_line("markers", "pairwise: of all cases, some in which any two values of parameters meet")
+    config.addinivalue_line("markers", "kernels: not for the reference, which is torch's operators alone")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 PREAMBLE = """
@@ -25,6 +24,5 @@ def survives(script: str, count: int, where: tuple[str, str], at: str) -> None:
     if device != "cpu":
         pytest.skip("guard pages are host memory")
     whole = f'{PREAMBLE}{script}print("survived", count)\n'
-    command = [sys.executable, "-X", "faulthandler", "-c", whole, str(Path(__file__).parent), backend, at]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = fresh.run(whole, str(Path(__file__).parent), backend, at, timeout=240)
     assert done.stdout.strip() == f"survived {count}", f"exit {done.returncode}\n{done.stdout}{done.stderr[-3000:]}"

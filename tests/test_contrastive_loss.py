@@ -4,10 +4,9 @@ layouts, memory, and what torch expects of an operator."""
 import hashlib
 import itertools
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import plain_contrastive_loss as plain
 import pytest
 import torch
@@ -296,6 +295,7 @@ def test_layouts_of_labels(where):
 
 
 GUARDED = """
+import fresh
 import plain_contrastive_loss as plain
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for seed in range(400, 407):
@@ -307,6 +307,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 """
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("at", ["end", "start"])
 def test_nothing_is_read_outside_a_tensor(where, at):
     """Each input ends at (then starts at) a page that faults when touched."""
@@ -338,9 +339,7 @@ def test_memory_grows_with_rows_not_with_pairs(ask):
     """4096 rows of 16 numbers: the pairs alone would be 64 MiB, and plain PyTorch needs five times that."""
     if ask("cpu", "cpu", "contrastive_loss") is not None:
         pytest.skip(ask("cpu", "cpu", "contrastive_loss"))
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, "4096", "16", "cpu"], capture_output=True, text=True, timeout=120
-    )
+    done = fresh.run(MEMORY, "4096", "16", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 24, f"{done.stdout} MiB"
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 
@@ -152,5 +153,5 @@ def test_outline_runs_around_a_region():
 
 def test_without_its_packages_the_error_says_what_to_install():
     code = "import sys; sys.modules['tqdm'] = None; import hivilt.demo"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = fresh.run(code)
     assert run.returncode == 1 and "ImportError" in run.stderr and "pip install 'hivilt[demo]'" in run.stderr

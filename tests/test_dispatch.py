@@ -2,11 +2,10 @@
 torch.compile, export, make_fx, vmap, grad, checkpoint, autocast, fake tensors, flop counting."""
 
 import re
-import subprocess
-import sys
 import threading
 import warnings
 
+import fresh
 import pytest
 import torch
 from torch import Tensor
@@ -534,7 +533,7 @@ def test_import_is_light():
         "rooms = {'hivilt.nn', 'hivilt.swap', 'hivilt.testing'} & set(sys.modules); assert not rooms, rooms; "
         "assert not any(n.startswith('torch._dynamo') for n in set(sys.modules) - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,6 @@
 """Attention by name in Hugging Face transformers: tiny random models, "hivilt" against "sdpa", "hivilt_topk" dense."""
 
-import subprocess
-import sys
-
+import fresh
 import pytest
 import torch
 
@@ -234,5 +232,5 @@ def test_bad_options_are_refused(topk, kind):
 
 def test_without_transformers_the_error_says_what_to_install():
     code = "import sys; sys.modules['transformers'] = None; import hivilt.integrations.hf as hf; hf.register()"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = fresh.run(code)
     assert run.returncode == 1 and "ImportError" in run.stderr and "pip install 'hivilt[hf]'" in run.stderr

@@ -4,9 +4,8 @@ import copy
 import io
 import pickle
 import re
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from multi_scale import BACKENDS, as_exact, gradients, randomise
@@ -518,7 +517,7 @@ def test_nothing_imports_transformers():
         "import sys, torch, hivilt; hivilt.accelerate(torch.nn.Linear(2, 2)); hivilt.nn; "
         "assert 'transformers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.run(code).check_returncode()
 
 
 class Subclass(SegformerDecodeHead):

@@ -1,9 +1,9 @@
 """The judge judged: an honest plain op passes every helper, and each planted error is caught."""
 
 import math
-import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 
@@ -277,7 +277,7 @@ def test_guarded_faults_one_step_outside(at, step):
         "print('touching', flush=True)\n"
         "ctypes.string_at(at, 1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = fresh.run(code)
     assert "touching" in done.stdout and done.returncode < 0, (done.returncode, done.stderr)
 
 

@@ -126,6 +126,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 """
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("at", ["end", "start"])
 def test_nothing_is_read_outside_a_tensor(where, at):
     """Each input ends at (then starts at) a page that faults when touched; 210 cases, forward and backward."""

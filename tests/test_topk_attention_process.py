@@ -1,10 +1,10 @@
 """What needs a process of its own: memory, fork, every instruction set, a watchdog."""
 
 import json
-import os
 import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 
@@ -14,8 +14,7 @@ MiB = 2**20
 
 
 def python(code: str, *args: str, timeout: int = 120, **environment: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | environment)  # fmt: skip
+    done = fresh.run(code, *args, timeout=timeout, **environment)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
 
@@ -186,8 +185,7 @@ print(digest.hexdigest())
 
 
 def test_unknown_instruction_set_is_refused():
-    done = subprocess.run([sys.executable, "-c", "import hivilt"], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"HIVILT_ISA": "mmx"})  # fmt: skip
+    done = fresh.run("import hivilt", HIVILT_ISA="mmx")
     assert done.returncode and "HIVILT_ISA" in done.stderr and "scalar" in done.stderr
 
 
