@@ -9,8 +9,8 @@ import random
 import sys
 import time
 from datetime import timedelta
-from multiprocessing import get_context
 
+import fresh
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -390,13 +390,12 @@ class Ranks:
         self.start()
 
     def start(self) -> None:
-        context = get_context("spawn")
         self.pipes, self.processes = [], []
         self.starts += 1
         store = str(self.folder / f"store{self.starts}")
         for rank in range(self.size):
-            here, there = context.Pipe()
-            process = context.Process(target=self.serve, args=(rank, self.size, store, there), daemon=True)
+            here, there = fresh.context.Pipe()
+            process = fresh.context.Process(target=self.serve, args=(rank, self.size, store, there), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)

@@ -86,6 +86,7 @@ def judge(x, grid, out_grid, backend, device, what="", **settings):
     return out, grad
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode, align_corners", MODES)
 @pytest.mark.parametrize("grid, out_grid", plain.GRIDS, ids=str)

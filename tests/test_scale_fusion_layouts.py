@@ -26,6 +26,7 @@ def run(x: dict, backend: str) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out, list(named.values()), g)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["prologue", "epilogue"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
