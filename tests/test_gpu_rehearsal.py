@@ -3,13 +3,13 @@
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # as bench/conftest.py does
@@ -21,14 +21,61 @@ import gpu_targets
 import record
 import report
 
+# The driver, with everything that its steps import loaded: each of its commands runs in a fork instead of a new Python,
+# which would import it again, eleven times. Session.call itself is tested below.
+DRIVER = """
+import os, runpy, signal, sys, time
+bench, *arguments = sys.argv[1:]
+os.environ |= {"TRITON_INTERPRET": "1", "REHEARSE": "1"}  # as the driver sets them for all commands
+sys.path[:] = [bench, *(x for x in sys.path if not os.path.abspath(x).startswith(os.path.dirname(bench) + os.sep)
+                        or "site-packages" in x)]
+import hypothesis, pytest, torch._dynamo, triton.language, gpu
+
+def fork(session, command, limit, **environment):
+    log = session.scratch / f"{next(session.logs):02}.log"
+    end, child = time.monotonic() + limit, os.fork()
+    if not child:
+        status = 70
+        try:
+            os.setsid()
+            for descriptor in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+            os.chdir(gpu.ROOT)
+            os.environ.clear()
+            os.environ.update(session.environment | environment)
+            assert command[0] == sys.executable
+            sys.argv = [x for x in command[1:] if x not in ("-P", "-m")]
+            run = runpy.run_module if "-m" in command else runpy.run_path
+            run(sys.argv[0], run_name="__main__", **({"alter_sys": True} if "-m" in command else {}))
+            status = 0
+        except SystemExit as done:
+            status = done.code if isinstance(done.code, int) else int(done.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    done = 0
+    while not done and time.monotonic() < end:
+        time.sleep(0.01)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return gpu.Done(os.waitstatus_to_exitcode(status) if done else None, log.read_text(errors="replace"))
+
+gpu.Session.call, sys.argv = fork, ["gpu.py", *arguments]
+sys.exit(gpu.main())
+"""
+
 
 def test_rehearsal(tmp_path):
     pytest.importorskip("triton", reason="Triton, whose interpreter stands for the GPU, is not installed")
     path = tmp_path / "rehearsal.json"
-    command = [sys.executable, gpu.__file__, "--rehearse", "--brief", "--without", "build", "--out", str(path)]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # where it leaves its logs
-    command += ["--seconds", "400"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=460, env=environment)
+    options = ["--rehearse", "--brief", "--without", "build", "--out", str(path), "--seconds", "400"]
+    # TMPDIR is where it leaves its logs.
+    done = fresh.run(DRIVER, str(Path(gpu.__file__).parent), *options, timeout=460, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     data = json.loads(path.read_text())
     steps = data["gpu"]["steps"]
@@ -134,7 +181,7 @@ def test_steps_share_the_time_and_survive_each_other(monkeypatch, tmp_path, caps
 def test_a_process_is_ended_with_its_children(tmp_path):
     code = "import fcntl, os, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); os.fork(); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
-    done = gpu.Session(True, True, tmp_path).call(command, 3.0)
+    done = gpu.Session(True, True, tmp_path).call(command, 1.5)
     assert done.status is None
     deadline = time.monotonic() + 20  # the kernel ends them in its own time; they would sleep for 60 s
     with (tmp_path / "lock").open() as file:
@@ -162,7 +209,7 @@ def test_verdict_of_the_memory_checker(monkeypatch, tmp_path, outcome):
     checker.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(gpu, "SMALLEST", [sys.executable, "-c", "pass"])
-    found = gpu.memory_checker(gpu.Session(False, False, tmp_path), 3.0)
+    found = gpu.memory_checker(gpu.Session(False, False, tmp_path), 1.0 if outcome == "cut short" else 20.0)
     assert found.outcome == outcome
     assert outcome != "failed" or "Invalid __global__ write" in "\n".join(found.why)
 

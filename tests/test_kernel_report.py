@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import fresh
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -40,9 +41,9 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
 
 def run_script(folder, text: str):
     """What the script prints as JSON in its last line."""
-    path = folder / "script.py"
-    path.write_text(text)
-    done = run_python(str(path), XDG_CACHE_HOME=str(folder))  # without what hivilt.tune wrote
+    gone = dict.fromkeys(name for name in os.environ if name.startswith(("HIVILT_", "TRITON_")))
+    text = f"import sys; sys.path.insert(0, {str(folder)!r}){text}"
+    done = fresh.run(text, timeout=240, **gone, XDG_CACHE_HOME=str(folder))  # without what hivilt.tune wrote
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -85,8 +86,7 @@ def test_compilers_are_judged_one_by_one(tmp_path):
     """A kernel that compiles, one that does not, and a compiler that dies, in one run."""
     (tmp_path / "small_kernels.py").write_text(KERNELS)
     (tmp_path / "fatal_kernels.py").write_text("import os\nos.abort()\n")
-    good, wrong, dead = run_script(
-        tmp_path,
+    (tmp_path / "script.py").write_text(
         """
 import json, torch
 if __name__ == "__main__":
@@ -99,7 +99,11 @@ if __name__ == "__main__":
     dead = good._replace(module="fatal_kernels")
     print(json.dumps(list(compile_all([good, wrong, dead], "cache"))))
 """.replace('"cache"', repr(str(tmp_path / "cache"))),
+        encoding="utf-8",
     )
+    done = run_python(str(tmp_path / "script.py"), XDG_CACHE_HOME=str(tmp_path))  # its workers import it again
+    assert done.returncode == 0, done.stderr
+    good, wrong, dead = json.loads(done.stdout.splitlines()[-1])
     assert good["registers"] > 0 and good["instructions"] > 8
     assert (good["spills"], good["shared"], good["matrix"]) == (0, 0, "")
     assert "tl.store(" in wrong["error"] or "shape" in wrong["error"]
@@ -244,6 +248,6 @@ print(json.dumps(re.findall(r"tt\\.dot %\\S+, %\\S+, (%\\w+)", binary.asm["ttgir
 
 
 def test_interpreter_is_refused():
-    done = run_python("-m", "hivilt.kernel_report", TRITON_INTERPRET="1")
+    done = fresh.module("hivilt.kernel_report", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1 is set" in done.stderr
