@@ -13,6 +13,8 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pairs
+
 import hivilt
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
@@ -77,7 +79,7 @@ def pytest_collection_modifyitems(config, items):
     deselect(config, items, absent)
     if config.getoption("--interpret-all"):
         return
-    deselect(config, items, beyond_pairs(items))
+    deselect(config, items, pairs.beyond(items))
     if not INTERPRETED:
         return
     groups: dict[str, list] = {}
@@ -91,30 +93,6 @@ def pytest_collection_modifyitems(config, items):
             kept = group[len(group) // 2] if one else None
             dropped.update(id(item) for item in group if item is not kept)
     deselect(config, items, dropped)
-
-
-def beyond_pairs(items: list) -> set[int]:
-    """Cases of the tests marked ``pairwise`` that are not needed for every pair of values to be met, on every backend.
-
-    Of n values for the shortest parameter, those cases stay whose positions add up to a multiple of n: any two values
-    leave a third parameter, which has n values or more, free to make up the sum.
-    """
-    groups: dict[str, list] = {}
-    for item in items:
-        if item.get_closest_marker("pairwise"):
-            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
-    dropped = set()
-    for group in groups.values():
-        places = [{n: i for n, i in item.callspec.indices.items() if n != "where"} for item in group]
-        sizes = {name: len({place[name] for place in places}) for name in places[0]}
-        sizes = {name: size for name, size in sizes.items() if size > 1}
-        if len(sizes) > 2:
-            dropped.update(
-                id(item)
-                for item, place in zip(group, places, strict=True)
-                if sum(place[name] for name in sizes) % min(sizes.values())
-            )
-    return dropped
 
 
 def why_absent(item) -> str | None:

@@ -4,10 +4,9 @@ Without a GPU the same lines are rehearsed on the CPU, at sizes that Triton's in
 meaning then is skipped.  ``make gpu`` runs this file on a GPU.
 """
 
-import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import fresh
 import pytest
 import torch
 
@@ -130,9 +129,9 @@ def test_graph_replayed_with_other_inputs(path, backward):
     x = inputs(path, DTYPE)
     results, again = capture(lambda: run(x, backward))
     for seed in (1, 2) if GPU else (1,):
-        for name, fresh in inputs(path, DTYPE, seed).items():
-            if isinstance(fresh, torch.Tensor):
-                x[name].copy_(fresh)
+        for name, other in inputs(path, DTYPE, seed).items():
+            if isinstance(other, torch.Tensor):
+                x[name].copy_(other)
         again()
         wait()
         assert same(results, run(x, backward)), f"inputs {seed}"
@@ -326,17 +325,11 @@ print(hashlib.sha256(b"".join(x.detach().cpu().numpy().tobytes() for x in (out, 
 
 def test_two_processes_fill_a_cold_cache(tmp_path):
     """Both compile at the same time into one empty cache; neither loads what the other has half written."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", COLD, DEVICE], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=90)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0] and said[0] == said[1]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(fresh.run, COLD, DEVICE, timeout=90, TRITON_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+        done = [each.result() for each in both]
+    assert [process.returncode for process in done] == [0, 0], done
+    assert done[0].stdout == done[1].stdout
 
 
 @pytest.mark.parametrize("topk, axis", [(None, "keys"), (9, "keys"), (4, "queries")])

@@ -1,9 +1,12 @@
 """The judge judged: an honest plain op passes every helper, and each planted error is caught."""
 
+import itertools
 import math
 import sys
+from types import SimpleNamespace
 
 import fresh
+import pairs
 import pytest
 import torch
 
@@ -306,3 +309,21 @@ def test_imports_nothing_of_the_package():
                 assert node.level < 2
             for name in names:
                 assert name.split(".")[0] in {"torch", "numpy", *sys.stdlib_module_names}, f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (5, 3, 13), (2, 3, 4, 18), (1, 4, 3, 3), (1, 4, 3)], ids=str)
+def test_cases_of_pairwise_meet_every_pair(sizes):
+    """On each of two backends; a product of two parameters stays whole."""
+    marked = SimpleNamespace(nodeid="test_it[...]", get_closest_marker=lambda name: name == "pairwise")
+    names = "abcd"[: len(sizes)]
+    items = [
+        SimpleNamespace(**vars(marked), callspec=SimpleNamespace(indices={"where": backend} | dict(zip(names, place))))  # noqa: B905
+        for backend in (0, 1)
+        for place in itertools.product(*map(range, sizes))
+    ]
+    dropped = pairs.beyond(items)
+    kept = [item.callspec.indices for item in items if id(item) not in dropped]
+    assert (len(kept) == len(items)) == (sum(size > 1 for size in sizes) == 2)
+    for a, b in itertools.combinations(names, 2):
+        met = {(place["where"], place[a], place[b]) for place in kept}
+        assert len(met) == 2 * sizes[names.index(a)] * sizes[names.index(b)]
