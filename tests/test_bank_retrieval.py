@@ -227,6 +227,7 @@ for B, M, C, E in ((1, 13, 5, 3), (9, 300, 24, 8), (67, 1001, 17, 9), (64, 2049,
 """
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("at", ["end", "start"])
 def test_reads_and_writes_nothing_beyond_its_tensors(where, at):
     """Banks and queries that end, or begin, at a page that faults when touched."""

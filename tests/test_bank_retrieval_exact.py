@@ -5,11 +5,9 @@ queries or more; "fp32", which does not; and float64.  A margin that is too smal
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import plain_bank as plain
 import pytest
 import torch
@@ -231,8 +229,7 @@ def test_each_instruction_set(verdicts, isa):
     missing = [flag for flag in FLAGS[isa] if flag not in flags]
     if missing:
         pytest.skip(f"this processor lacks {', '.join(missing)}")
-    done = subprocess.run([sys.executable, "-c", ISA, str(Path(__file__).parent)], capture_output=True, text=True,
-                          timeout=240, env=os.environ | {"HIVILT_ISA": isa})  # fmt: skip
+    done = fresh.run(ISA, str(Path(__file__).parent), timeout=240, HIVILT_ISA=isa)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     DIGESTS[isa] = json.loads(done.stdout)
     assert len(set(DIGESTS.values())) == 1, DIGESTS
