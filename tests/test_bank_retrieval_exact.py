@@ -183,13 +183,14 @@ def test_budget_of_scores_is_not_idle():
 # Every instruction set.
 
 ISA = """
-import hashlib, json, sys, torch
+import hashlib, json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import plain_bank as plain, hivilt
 op, shadow_of, digest = hivilt.ops.bank_retrieval, hivilt.ops.bank_shadow, hashlib.sha256()
 def same(a, b):
     return all(p.numpy().tobytes() == q.numpy().tobytes() for p, q in zip(a, b, strict=True))
 torch.set_num_threads(2)
+assert torch.ops.hivilt.isa() == os.environ["HIVILT_ISA"]
 for name, (q, k, topk) in plain.hard_banks(130, seed=1).items():
     got = op(q, k, topk, scale=1e-3, backend="cpu")
     assert same(got, op(q, k, topk, scale=1e-3, precision="fp32", backend="cpu")), name
