@@ -19,7 +19,7 @@ import gpu_targets
 ORDER = (
     "eager", "permute", "compile", "chunked", "deterministic", "flex", "sdpa_masked", "efficient_masked",
     "cudnn_masked", "math_masked", "sdpa", "flash", "efficient", "cudnn", "math", "faiss", "faiss_blas", "hivilt_fp32",
-    "hivilt_bf16", "hivilt", "floor", "gemm", "copy",
+    "hivilt_bf16", "hivilt_int8", "hivilt", "floor", "gemm", "copy",
 )  # fmt: skip
 FLOORS = ("floor", "gemm", "copy")  # parts of an operation, or as many bytes
 # first words of titles
