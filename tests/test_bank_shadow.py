@@ -8,6 +8,8 @@ import threading
 import plain_bank as plain
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, vmap
 
 import hivilt
 from hivilt.nn import FeatureBank
@@ -286,6 +288,34 @@ def test_tensors_in_the_same_place_are_told_apart():
         module.filled.fill_(M)
         module(q)
         assert agrees(module, q)
+
+
+@needs_bytes
+def test_a_bank_lent_for_a_call():
+    """The module's own bank lives on, and the other one may be what a transform wraps, without memory."""
+    module, other, q = bank(), bank(), plain.numbers(0, 3, C)
+    for seed, m in enumerate((module, other)):
+        m.update(plain.numbers(seed + 1, M, C))
+        m(q), m(q)
+    lent = {"bank": other.bank}
+    for _ in range(3):
+        assert torch.equal(functional_call(module, lent, (q,)), other(q)) and agrees(module, q)
+    stacked = torch.stack([module.bank, other.bank])
+    both = vmap(lambda rows: functional_call(module, {"bank": rows}, (q,)))(stacked)
+    assert torch.equal(both, torch.stack([module(q), other(q)]))
+    assert torch.equal(vmap(module)(q[None])[0], module(q))
+    of_bank = grad(lambda rows: functional_call(module, {"bank": rows}, (q,)).sum())(other.bank)
+    leaf = other.bank.clone().requires_grad_()
+    assert torch.equal(of_bank, torch.autograd.grad(functional_call(module, {"bank": leaf}, (q,)).sum(), leaf)[0])
+
+
+@needs_bytes
+def test_fake_tensors_have_no_copy():
+    with FakeTensorMode():
+        module, q = bank(), torch.zeros(3, C)
+        assert module(q).shape == module(q).shape == (3, C)
+        module.update(q)
+        assert module(q).shape == (3, C) and not up_to_date(module)
 
 
 @needs_bytes

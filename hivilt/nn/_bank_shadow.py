@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..ops._bank_shadow import bank_shadow, is_used
 
 
-class State(NamedTuple):
+@dataclass(eq=False)
+class State:
     """Of a tensor: any write through torch, or another tensor in its place, gives another one."""
 
     tensor: weakref.ref  # the same object as long as the tensor lives
@@ -19,9 +20,16 @@ class State(NamedTuple):
     version: int
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, State) and self.tensor is other.tensor and self[1:] == other[1:]
+        if not isinstance(other, State):
+            return NotImplemented
+        # == of two references would compare the elements of the tensors.
+        same = self.tensor is other.tensor
+        return same and self.address == other.address and self.version == other.version
 
-    __hash__ = None
+
+def is_counted(bank: Tensor) -> bool:
+    """Whether torch counts writes to it, and a copy of it would be used."""
+    return not bank.is_inference() and is_used(bank)
 
 
 def state_of(bank: Tensor) -> State:
@@ -43,7 +51,7 @@ class Shadow:
 
     def of(self, bank: Tensor) -> Tensor | None:
         """The copy; None where there is none yet, or none would be used."""
-        if bank.is_inference() or not is_used(bank):
+        if not is_counted(bank):
             return None
         state = state_of(bank)
         with self._lock:
@@ -57,7 +65,7 @@ class Shadow:
 
     def knows(self, bank: Tensor) -> bool:
         """Whether there is a copy of the bank as it is."""
-        return self._copied is not None and not bank.is_inference() and self._copied == state_of(bank)
+        return self._copied is not None and is_counted(bank) and self._copied == state_of(bank)
 
     def follow(self, bank: Tensor, slots: Tensor) -> None:
         """After a write to these slots of a bank that it knew."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _library
 from .._backends import BackendError
 from ._checks import Said, check_tensor, refuse
-from ._running import why_not_cpu
+from ._running import eager, why_not_cpu
 
 SHADOW_QUERIES = 64  # with more, multiplying takes longer than reading, and scoring again more than it saves
 FACTS = 16  # bytes behind the codes of a row: step, norm, residue (float32) and -128 times the sum of its codes (int32)
@@ -59,8 +59,9 @@ def bank_shadow(keys: Tensor, *, shadow: Tensor | None = None, slots: Tensor | N
 
 
 def is_used(keys: Tensor) -> bool:
-    """Whether retrieval from these keys would look at a shadow."""
-    return why_not_cpu(keys) is None and torch.ops.hivilt.isa() == "avx512_bf16"
+    """Whether retrieval from these keys would look at a shadow, and one can be kept of them: what a transform or a fake
+    mode wraps has no memory."""
+    return eager(keys) and why_not_cpu(keys) is None and torch.ops.hivilt.isa() == "avx512_bf16"
 
 
 def check_shadow(op: str, shadow: Tensor, keys: Tensor) -> None:
