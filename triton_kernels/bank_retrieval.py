@@ -141,7 +141,7 @@ def long_scores(held, queries, keys, rows, n_rows, cols, n_cols, WIDTH: tl.const
     pieces of BLOCK_D elements, or None where they are too wide to be held."""
     total = tl.zeros([BLOCK_R, ROWS], tl.float32)
     if held is not None:
-        for i in tl.static_range(tl.cdiv(WIDTH, BLOCK_D)):
+        for i in tl.static_range((WIDTH + BLOCK_D - 1) // BLOCK_D):
             y = load_rows(keys[0], keys[1], cols, n_cols, i * BLOCK_D, WIDTH, BLOCK_D)
             total = product(held[i], tl.trans(y), total)
     else:
@@ -175,7 +175,7 @@ def _group_maxima_kernel(
     held = None
     if HELD:
         held = (load_rows(queries[0], queries[1], rows, rules[0], 0, WIDTH, BLOCK_D),)
-        for i in tl.static_range(1, tl.cdiv(WIDTH, BLOCK_D)):
+        for i in tl.static_range(1, (WIDTH + BLOCK_D - 1) // BLOCK_D):
             held = held + (load_rows(queries[0], queries[1], rows, rules[0], i * BLOCK_D, WIDTH, BLOCK_D),)
     for tile in range(begin, end):
         col = tl.arange(0, ROWS)

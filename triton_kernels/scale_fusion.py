@@ -134,11 +134,12 @@ def taken(source, b, token, weight, inside, cols, cols_ok):
 def _scale_fusion_kernel(
     weight, interpolated, projected, bias, norm_weight, norm_bias, seed, dropout, eps, out, linear, count, prefix,
     cells, height, width, blocks, col_blocks,
-    WIDTH: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, PREFIX: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr,
+    INTERPOLATED: tl.constexpr, PROJECTED: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr, PREFIX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_0: tl.constexpr,
+    BLOCK_1: tl.constexpr,
 ):  # fmt: skip
-    """interpolated: (source, channels, first column of weight) each; projected: a source each.  out, linear: None or
-    (pointer, strides of batch, token).
+    """interpolated: INTERPOLATED times (source, channels, first column of weight); projected: PROJECTED sources.  out,
+    linear: None or (pointer, strides of batch, token).
 
     The columns of a program are BLOCK_0 and behind them BLOCK_1 (0: none): two powers of two waste less than one.
     """
@@ -157,7 +158,7 @@ def _scale_fusion_kernel(
         ok_1 = cols_1 < WIDTH
         sum_1 = tl.zeros([BLOCK_R, BLOCK_1], tl.float32)
 
-    for s in tl.static_range(len(interpolated)):
+    for s in tl.static_range(INTERPOLATED):
         source = interpolated[s][0]
         base = source[0] + b * source[1]
         for start in range(0, interpolated[s][1], BLOCK_K):
@@ -180,7 +181,7 @@ def _scale_fusion_kernel(
                 w = weight_tile(weight, interpolated[s][2], k, interpolated[s][1], cols_1, ok_1)
                 sum_1 = product(a, w, sum_1)
 
-    for s in tl.static_range(len(projected)):
+    for s in tl.static_range(PROJECTED):
         for t in range(source_taps(projected[s])):
             token, part = source_tap(projected[s], rows, z, y, x, t, prefix, PREFIX)
             sum_0 += taken(projected[s], b, token, part, inside, cols_0, ok_0)

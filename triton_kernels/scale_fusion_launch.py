@@ -248,8 +248,9 @@ def scale_fusion(features, weight, bias, norm_weight, norm_bias, seed, grids, ou
         ((weight, *weight.stride()), tuple(interpolated), tuple(projected), _optional(bias), *parameters,
          None if buffered else _strided(out), None if raw is None else _strided(raw), N, prefix_tokens,
          *_sizes(out_grid), blocks, col_blocks),
-        tile.warps, tile.stages, WIDTH=O, NORM=NORMS[norm], ACTIVATION=ACTIVATIONS[activation],
-        PREFIX=prefix_tokens > 0, BLOCK_R=tile.rows, BLOCK_K=tile.inner, BLOCK_0=blocks_0, BLOCK_1=blocks_1,
+        tile.warps, tile.stages, INTERPOLATED=len(interpolated), PROJECTED=len(projected), WIDTH=O, NORM=NORMS[norm],
+        ACTIVATION=ACTIVATIONS[activation], PREFIX=prefix_tokens > 0, BLOCK_R=tile.rows, BLOCK_K=tile.inner,
+        BLOCK_0=blocks_0, BLOCK_1=blocks_1,
     )  # fmt: skip
     if buffered:
         tile = lookup(raw, "finish", O)
