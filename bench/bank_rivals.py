@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from device import LIKE_GPU
+from device import LIKE_GPU, REHEARSED
 from roofline import Cost
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def eager(case: Case) -> Callable:
 
 def compiled(case: Case) -> Callable:
     torch._dynamo.reset()
-    return torch.compile(eager(case), fullgraph=True, dynamic=False, backend="eager" if LIKE_GPU else "inductor")
+    return torch.compile(eager(case), fullgraph=True, dynamic=False, backend="eager" if REHEARSED else "inductor")
 
 
 def ours(case: Case) -> Callable:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from device import LIKE_GPU
+from device import LIKE_GPU, REHEARSED
 from roofline import Cost
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -97,7 +97,7 @@ def chunked(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
 
 def compiled(case: Case) -> Callable:
     torch._dynamo.reset()
-    return torch.compile(plain, fullgraph=True, dynamic=False, backend="eager" if LIKE_GPU else "inductor")
+    return torch.compile(plain, fullgraph=True, dynamic=False, backend="eager" if REHEARSED else "inductor")
 
 
 def ours(case: Case) -> Callable:

@@ -16,10 +16,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # as ben
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("pytest_timeout")
 
+import bank_rivals
 import gpu
 import gpu_targets
+import loss_rivals
 import record
 import report
+import torch
 
 # The driver, with everything that its steps import loaded: each of its commands runs in a fork instead of a new Python,
 # which would import it again, eleven times. Session.call itself is tested below.
@@ -242,3 +245,32 @@ def test_commands_of_a_gpu(monkeypatch, tmp_path):
     results = report.Results(path)
     assert "not measured" in report.summary(results) or "Not measured" in report.compose(results, None)
     assert "no test was found" in gpu.trouble(outcomes)
+
+
+def test_what_compiles_too_long_is_left_out_of_the_installation(monkeypatch, tmp_path):
+    """Without the package nothing else could run."""
+    session, calls = gpu.Session(False, False, tmp_path), []
+    monkeypatch.setattr(
+        session, "call", lambda *a, **environment: calls.append((a, environment)) or gpu.Done(statuses.pop(0), "late")
+    )
+    for first, outcome in ((None, "cut short"), (0, "passed"), (1, "failed")):
+        statuses = [first, 0]
+        assert gpu.build(session, 1.0).outcome == outcome
+        (command, limit), environment = calls[-1]
+        assert command[2:5] == ["pip", "install", "-q"] and limit == gpu.INSTALL_SECONDS
+        assert environment == ({"CXX": "none", "HIVILT_STRICT": ""} if first is None else {})
+    statuses = [0, 1]
+    assert gpu.build(session, 1.0).outcome == "failed"
+
+
+@pytest.mark.parametrize("case", [bank_rivals.Case(B=2, M=9, C=8, topk=2), loss_rivals.Case(B=4, C=8)], ids=str)
+def test_torch_compile_is_the_compiler_on_a_gpu(case, monkeypatch):
+    """Only a rehearsal leaves the compiling out."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options["backend"]))
+    for rehearsed in (True, False):
+        room = sys.modules[type(case).__module__]
+        monkeypatch.setattr(room, "LIKE_GPU", True)
+        monkeypatch.setattr(room, "REHEARSED", rehearsed)
+        room.compiled(case)
+    assert asked == ["eager", "inductor"]
