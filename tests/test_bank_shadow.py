@@ -116,6 +116,28 @@ def test_errors_of_a_whole_margin(width):
     assert set(approximate.topk(40).indices.tolist()) != set(got[2][0].tolist())
 
 
+@pytest.mark.parametrize("exponent", [0, -62])
+def test_a_row_better_by_less_than_two_margins(exponent):
+    """The bytes of one row say too little, those of all others too much.  At 2^-62 what rounding takes from an element
+    is as large as it may be without a square that a float can hold, where subnormals become zeros."""
+    width = 192
+    q, k = midpoints(width, 0)
+    away, codes = 0.499 * q[0], k[0].round()
+    away[0] = 0.0
+    rows = (codes - away).expand(300, width).clone()
+    rows[77] = codes + away
+    rows[77, 1:186] -= q[0, 1:186]
+    rows *= 2.0**exponent
+    want = bank_retrieval(q, rows, 1, precision="fp32", backend="cpu")
+    assert want[2].item() == 77
+    torch.set_flush_denormal(True)
+    shadow = bank_shadow(rows)
+    torch.set_flush_denormal(False)
+    _, _, _, residue, _ = read(shadow, width)
+    assert (rows[:1].double() - codes.double() * 2.0**exponent).norm() <= residue[0]
+    assert same(bank_retrieval(q, rows, 1, shadow=shadow, backend="cpu"), want)
+
+
 def test_masks_counts_values_and_gradients():
     q, k, v = plain.numbers(0, 13, 40), plain.numbers(1, 3000, 40), plain.numbers(2, 3000, 7)
     shadow = bank_shadow(k)
@@ -307,6 +329,22 @@ def test_a_bank_lent_for_a_call():
     of_bank = grad(lambda rows: functional_call(module, {"bank": rows}, (q,)).sum())(other.bank)
     leaf = other.bank.clone().requires_grad_()
     assert torch.equal(of_bank, torch.autograd.grad(functional_call(module, {"bank": leaf}, (q,)).sum(), leaf)[0])
+
+
+@needs_bytes
+def test_tensors_that_are_swapped_by_loading():
+    module, q = bank(), plain.numbers(0, 3, C)
+    module.update(plain.numbers(1, M, C))
+    module(q), module(q)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.load_state_dict(module.state_dict() | {"bank": module.bank.flip(0)})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert not up_to_date(module) and agrees(module, q) and agrees(module, q)
+    module(q)
+    assert up_to_date(module)
 
 
 @needs_bytes
