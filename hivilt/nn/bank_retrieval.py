@@ -76,6 +76,10 @@ class FeatureBank(plain.FeatureBank):
                 slots = (self.ptr - 1 - torch.arange(min(len(rows), self.bank_size))) % self.bank_size
             copy.follow(self.bank, slots.long())
 
+    def _load_from_state_dict(self, *args) -> None:
+        self.__dict__.pop("_copy", None)  # its rows go, and torch swaps no tensor that is weakly referred to
+        super()._load_from_state_dict(*args)
+
     def _push(self, rows: Tensor) -> None:
         # Rounded first, so that a row that overflows the bank's dtype counts as not finite.
         rows = rows.to(self.bank.dtype)
