@@ -449,3 +449,15 @@ def test_refusals_say_why(operation):
     function, arguments = calls[operation]
     with pytest.raises(hivilt.BackendError, match="float64: the kernels take float32, bfloat16 and float16"):
         function(**arguments, backend="triton")
+
+
+@pytest.mark.parametrize("mode", ["nearest", "area"])
+def test_axes_of_a_source_hold_tensors_alone(mode):
+    """Triton 3.6 loses a number 1 two tuples deep, which is what an axis that reads one token would hold."""
+    found = interpolation.axes((4, 4), (8, 8), mode, False, False, torch.device("cpu"))
+    assert interpolation.taps_of(found) == 1
+    source = launches._source(torch.zeros(1, 16, 3), 0, found, (4, 4))
+    axes = [x for x in source if isinstance(x, tuple)]
+    assert (
+        len(axes) == 2 and all(isinstance(x, torch.Tensor) for axis in axes for x in axis) and source[9:] == (1, 1, 1)
+    )

@@ -6,8 +6,8 @@ starts[o] + t with weights[o, t], and a weight of 0 reads nothing, so that NaN s
 is the same sparse matrix read by columns, so that gradients are gathered, in one fixed order, with exactly the weights
 of the forward pass.
 
-A source is (pointer, strides of batch and token, tokens before its grid, three axes, height, width): images have the
-axis None for their depth, sequences for depth and height.
+A source is (pointer, strides of batch and token, tokens before its grid, three axes without their T, height, width,
+three times T): images have the axis None for their depth, sequences for depth and height; T is 1 where there is none.
 """
 
 from __future__ import annotations
@@ -92,20 +92,12 @@ def taps_of(found: list[Axis | None]) -> int:
 
 
 @triton.jit
-def axis_taps(axis):
-    if axis is None:
-        return 1
-    else:
-        return axis[2]
-
-
-@triton.jit
-def axis_tap(axis, at, t):
+def axis_tap(axis, taps, at, t):
     """(index, weight) of tap t of positions ``at``."""
     if axis is None:
         return at, tl.full(at.shape, 1.0, tl.float32)
     else:
-        return tl.load(axis[0] + at) + t, tl.load(axis[1] + at * axis[2] + t)
+        return tl.load(axis[0] + at) + t, tl.load(axis[1] + at * taps + t)
 
 
 @triton.jit
@@ -117,16 +109,16 @@ def place(rows, prefix, cells, height, width):
 
 @triton.jit
 def source_taps(source):
-    return axis_taps(source[4]) * axis_taps(source[5]) * axis_taps(source[6])
+    return source[9] * source[10] * source[11]
 
 
 @triton.jit
 def source_tap(source, rows, z, y, x, t, prefix, PREFIX: tl.constexpr):
     """(token, weight) that outputs read as tap t.  A token before the grid reads its like, or nothing."""
-    across, down = axis_taps(source[6]), axis_taps(source[5])
-    z, in_depth = axis_tap(source[4], z, t // (across * down))
-    y, in_height = axis_tap(source[5], y, t // across % down)
-    x, in_width = axis_tap(source[6], x, t % across)
+    down, across = source[10], source[11]
+    z, in_depth = axis_tap(source[4], source[9], z, t // (across * down))
+    y, in_height = axis_tap(source[5], down, y, t // across % down)
+    x, in_width = axis_tap(source[6], across, x, t % across)
     token = (z * source[7] + y) * source[8] + x + source[3]
     weight = in_depth * in_height * in_width
     if PREFIX:

@@ -39,7 +39,10 @@ def _strided(x: Tensor) -> tuple:
 
 def _source(x: Tensor, prefix: int, found: list, grid) -> tuple:
     sizes = (1, 1, *grid)
-    return (x, x.stride(0), x.stride(1), prefix, *found, sizes[-2], sizes[-1])
+    # Triton 3.6 forgets a number 1 that lies two tuples deep: the axes hold tensors alone.
+    axes = [None if axis is None else axis[:2] for axis in found]
+    taps = [1 if axis is None else axis[2] for axis in found]
+    return (x, x.stride(0), x.stride(1), prefix, *axes, sizes[-2], sizes[-1], *taps)
 
 
 def _sizes(grid) -> tuple[int, int, int]:
