@@ -27,6 +27,8 @@ def group(case: Case) -> str:
     """Registers the race of every rival that has this direction; hivilt in each of its precisions."""
     title = f"{case.operation} {case.direction} {case}"
     others = ["eager", "compile"]
+    if LIKE_GPU and (case.backward or case.B < SHAPES[0][0]):
+        others.remove("compile")  # compiling takes more of a GPU's minutes than all else of such a race
     if not case.backward:
         others += ["floor", *(["faiss", "faiss_blas"] if FAISS else [])]
     entries = {name: (name, case) for name in others} | {"hivilt": ("hivilt", case)}

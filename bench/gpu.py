@@ -237,7 +237,7 @@ STEPS: dict[str, tuple[Callable[[Session, float], Outcome], int, bool]] = {
     "build": (build, 120, False),
     "parity": (parity, 140, True),
     "tests": (gpu_tests, 100, True),
-    "memcheck": (memory_checker, 50, True),
+    "memcheck": (memory_checker, 80, True),
     "benchmarks": (races("topk_attention"), 140, False),
     "scale_fusion": (races("scale_fusion"), 60, False),
     "token_pool": (races("token_pool"), 20, False),
