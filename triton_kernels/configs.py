@@ -157,6 +157,9 @@ TABLE: dict[str, dict[tuple[str, str, int], Config]] = {
         ("bias_gradient", _SINGLE, 64): Config(32, 32, 8, 1),
         ("bias_gradient", _SINGLE, 256): Config(16, 16, 8, 1),
     },
+    "sm_100": {
+        ("dense_query_gradient_heavy", _SINGLE, 256): Config(16, 16, 8, 1),
+    },
     "sm_86": {},
     "gfx942": {},
 }
@@ -170,7 +173,7 @@ TILES: dict[tuple[str, bool], dict[int, Tile]] = {
     ("weight_gradient", False): {ANY: Tile(64, 64, 64, 4, 3)},
     ("weight_gradient", True): {ANY: Tile(32, 64, 16, 4, 2)},
     ("fusion", False): {
-        64: Tile(64, 0, 32, 4, 2), 256: Tile(64, 0, 32, 8, 2), 512: Tile(32, 0, 32, 8, 2), 1024: Tile(16, 0, 32, 8, 2),
+        64: Tile(64, 0, 32, 4, 2), 256: Tile(64, 0, 32, 8, 2), 512: Tile(32, 0, 32, 8, 2), 1024: Tile(16, 0, 32, 8, 1),
     },
     ("fusion", True): {128: Tile(32, 0, 32, 8, 1), 256: Tile(16, 0, 32, 8, 1), 512: Tile(16, 0, 16, 8, 1)},
     ("finish", True): {ANY: Tile(4, 512, 0, 4, 1)},
@@ -196,8 +199,6 @@ TILES: dict[tuple[str, bool], dict[int, Tile]] = {
     ("contrast", True): {ANY: Tile(32, 64, 16, 4, 2)},
 }  # fmt: skip
 TILE_KERNELS = frozenset(kernel for kernel, _ in TILES)
-# Where the tile of every part asks for more shared memory than this one has.
-TILES_OF_PART = {("gfx942", "fusion", False, 1024): Tile(16, 0, 32, 8, 1)}
 
 
 def family(part: str) -> str:
@@ -244,7 +245,7 @@ def tile(part: str, kernel: str, dtype: str, channels: int) -> Tile:
         for table in (_tried, _users().get(part, {})):
             if (kernel, kind, limit) in table:
                 return table[kernel, kind, limit]
-    return TILES_OF_PART.get((part, kernel, single, limit), rows[limit])
+    return rows[limit]
 
 
 def found(part: str, key: Key) -> Config | Tile:
