@@ -1,6 +1,7 @@
 """Malformed calls: ValueError or TypeError naming operation and argument, what was expected and what came, before
 anything is computed or written."""
 
+import functools
 import math
 
 import plain_bank as plain
@@ -69,6 +70,7 @@ VALUES = {
 ANY_SIZE = {"values": (1,)}  # any width, as rows of the bank decide
 
 
+@functools.cache
 def calls(op: str) -> dict[str, tuple[str, object]]:
     """Name of the call -> (name of the wrong argument, its value)."""
     x, found = good(op), {}

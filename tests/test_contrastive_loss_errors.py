@@ -1,5 +1,6 @@
 """Malformed calls of the losses: ValueError or TypeError naming operation and argument; nothing written."""
 
+import functools
 import re
 
 import plain_contrastive_loss as plain
@@ -29,6 +30,7 @@ LABELS = [torch.arange(4), torch.arange(6), torch.arange(5.0), torch.arange(5)[N
           torch.tensor([0, 1, 2, 3, -100]), 3, torch.ones(5) > 0]  # fmt: skip
 
 
+@functools.cache
 def calls() -> dict[str, tuple[str, dict]]:
     found = {}
     for argument, wrong in VALUES.items():

@@ -1,6 +1,7 @@
 """Malformed calls of the family: ValueError or TypeError naming operation and argument, what was expected and what
 came; nothing computed, nothing written."""
 
+import functools
 import math
 
 import plain_scale_fusion as plain
@@ -61,6 +62,7 @@ OF = {
 }  # fmt: skip
 
 
+@functools.cache
 def calls(op: str) -> dict[str, tuple[dict, str, object]]:
     """Name of the call -> (good arguments, name of the wrong one, its value)."""
     x, found = good(op), {}

@@ -1,5 +1,7 @@
 """Malformed calls of token_pool: ValueError or TypeError naming operation and argument; nothing written."""
 
+import functools
+
 import plain_token_pool as plain
 import pytest
 import torch
@@ -31,6 +33,7 @@ PARTNERS = {
 }
 
 
+@functools.cache
 def calls() -> dict[str, tuple[str, object]]:
     found = {f"{n}: value {i}": (n, wrong) for n, values in VALUES.items() for i, wrong in enumerate(values)}
     for name, value in plain.leaves(good()).items():

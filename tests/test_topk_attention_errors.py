@@ -1,5 +1,6 @@
 """Malformed calls: ValueError or TypeError naming the argument, what was expected and what came; nothing written."""
 
+import functools
 import math
 
 import pytest
@@ -58,6 +59,7 @@ NUMBERS = {
 }
 
 
+@functools.cache
 def calls(op: str) -> dict[str, tuple[dict, str, object]]:
     """Name of the call -> (good arguments, name of the wrong one, its value)."""
     found = {}
