@@ -67,7 +67,7 @@ $(DEPS): requirements-dev.txt
 	@echo "setting up $(VENV): a few minutes at most, once"
 	@$(PIP) install -q --no-deps "$(TORCH)+cpu" 2>/dev/null || \
 	  $(PIP) install -q --no-deps --index-url https://download.pytorch.org/whl/cpu "$(TORCH)" 2>/dev/null || true
-	@$(PIP) install -q -r requirements-dev.txt
+	@$(PIP) install -q --no-compile -r requirements-dev.txt # most of it is never imported
 	@touch $@
 
 # The build is run by itself first: pip hides what it prints. The objects are kept in build/, so pip compiles nothing again.
