@@ -186,6 +186,7 @@ ISA = """
 import hashlib, json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import plain_bank as plain, hivilt
+from test_bank_shadow import read
 op, shadow_of, digest = hivilt.ops.bank_retrieval, hivilt.ops.bank_shadow, hashlib.sha256()
 def same(a, b):
     return all(p.numpy().tobytes() == q.numpy().tobytes() for p, q in zip(a, b, strict=True))
@@ -197,6 +198,8 @@ for name, (q, k, topk) in plain.hard_banks(130, seed=1).items():
     assert same([x[5:9] for x in got], op(q[5:9], k, topk, scale=1e-3, backend="cpu")), name
     assert same([x[:14] for x in got], op(q[:14], k, topk, scale=1e-3, shadow=shadow_of(k), backend="cpu")), name
     plain.judge(got, q, k, topk, scale=1e-3, one_sign=True, repro=name)
+    codes, step, norm, residue, _ = read(shadow_of(k), k.shape[1])
+    assert ((k.double() - step[:, None] * codes).norm(dim=1) <= residue)[norm < 1e15].all(), name
 for seed in range(40):
     x = plain.draw(seed)
     plain.judge(op(**x, backend="cpu"), **x, repro=str(seed))
